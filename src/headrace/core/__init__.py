@@ -1,0 +1,1 @@
+"""Torch-free types and protocols that every floor above shares."""

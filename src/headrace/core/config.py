@@ -1,0 +1,56 @@
+"""The configuration of an engine: plain data that travels to the engine's process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from headrace.core.errors import InvalidRequest
+from headrace.core.policy import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything needed to build an engine.
+
+    Attributes:
+        model: a local folder, a hub name, or "bundled" for the pair that ships with headrace.
+        served_name: the name clients use; the model's own by default.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:0".
+        attention: "auto" or a backend's name ("reference", "numba", "triton").
+        linears: "auto", "module" (the checkpoint's own) or "native" (compiled skinny kernels).
+        policy: a registered policy's name.
+        limits: bounds of a step.
+        kv_gib: GiB for K and V; None takes a share of the free memory.
+        max_context: longest prompt plus output in tokens; None takes the model's own.
+        prefix_cache: share the K and V of equal prefixes between requests.
+        max_queue: waiting requests above which new ones are refused.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        threads: CPU threads for the model; None takes all cores available to the process.
+    """
+
+    model: str = "bundled"
+    served_name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    linears: str = "auto"
+    policy: str = "chunked"
+    limits: Limits = field(default_factory=Limits)
+    kv_gib: float | None = None
+    max_context: int | None = None
+    prefix_cache: bool = True
+    max_queue: int = 256
+    trust_remote_code: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_gib", "max_context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidRequest(f"{name} is {value!r}: give a number above 0, or leave it out", field=name)
+        if self.max_queue < 1:
+            raise InvalidRequest(f"max_queue is {self.max_queue}: give at least 1", field="max_queue")
+        for name in ("max_sequences", "max_step_tokens", "max_prefill_tokens"):
+            if getattr(self.limits, name) < 1:
+                raise InvalidRequest(f"{name} is {getattr(self.limits, name)}: give at least 1", field=name)

@@ -1,0 +1,108 @@
+"""What a policy sees and what it decides. Policies are pure: plain data in, plain data out, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from headrace.core.request import SLO
+
+
+class SequenceView(Protocol):
+    """One sequence as a policy sees it; read only. Times are seconds on the engine's clock."""
+
+    @property
+    def id(self) -> int:
+        """The engine's number for the sequence, rising with submission."""
+
+    @property
+    def priority(self) -> int:
+        """Lower runs sooner."""
+
+    @property
+    def arrival(self) -> float:
+        """When the request reached us."""
+
+    @property
+    def owner(self) -> str:
+        """Label of who pays."""
+
+    @property
+    def slo(self) -> SLO:
+        """Latency targets."""
+
+    @property
+    def context(self) -> int:
+        """Tokens whose K and V are in slots."""
+
+    @property
+    def pending(self) -> int:
+        """Known tokens not in slots yet: the rest of the prompt, or 1 while decoding."""
+
+    @property
+    def decoded(self) -> int:
+        """Tokens generated so far."""
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+
+    @property
+    def first_token(self) -> float | None:
+        """When the first token was committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that hold for every step.
+
+    Attributes:
+        max_sequences: sequences running at once.
+        max_step_tokens: rows in one step (the token budget).
+        max_prefill_tokens: rows of prompts in one step of a prefill-only policy.
+    """
+
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+    max_prefill_tokens: int = 2048
+
+
+@dataclass(slots=True)
+class View:
+    """The engine's state before a step.
+
+    ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival, id).
+    ``free_slots`` counts slots that are free or held only by evictable cached prefixes.
+    """
+
+    now: float
+    running: Sequence[SequenceView]
+    waiting: Sequence[SequenceView]
+    free_slots: int
+    total_slots: int
+    limits: Limits
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What runs in a step.
+
+    Attributes:
+        chunks: (sequence id, tokens) in order of importance; a decoding sequence gets 1. A count above what is pending is
+            cut to it.
+        victims: ids to preempt, first to go first, should slots run out. Sequences left out are never preempted.
+    """
+
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    victims: list[int] = field(default_factory=list)
+
+
+class Policy(Protocol):
+    """Decides who runs. Both calls are pure functions of the view."""
+
+    def admit(self, view: View) -> list[int]:
+        """Ids of waiting sequences to admit now, in order; the engine stops at the first that does not fit."""
+
+    def plan(self, view: View) -> StepPlan:
+        """What the admitted sequences do in this step."""

@@ -1,0 +1,106 @@
+"""The seams between floors: clock, runner, sampler and service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from headrace.core.batch import Batch
+from headrace.core.outputs import EngineStats, SequenceDelta
+from headrace.core.request import Request
+
+ServiceState = Literal["loading", "ready", "draining", "failed"]
+
+
+class Clock(Protocol):
+    """A source of time."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a runner gives back.
+
+    Attributes:
+        logits: [R, vocabulary] float32 for ``batch.head_rows``, a tensor of the runner's device (None on a stage without a head).
+        hidden: [N, hidden] of the last layer run, when asked for.
+        forward_s: seconds spent in the forward.
+    """
+
+    logits: Any
+    hidden: Any = None
+    forward_s: float = 0.0
+
+
+class Runner(Protocol):
+    """Executes batches: a real model, a simulated one, or a stage of a cluster."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+
+    def run(self, batch: Batch) -> StepResult:
+        """Run one step. Raises :class:`headrace.core.errors.OutOfMemory` when it does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What faces need to know of a model.
+
+    ``context`` is the longest prompt plus output in tokens; ``stop_ids`` end generation unless ignored.
+    """
+
+    name: str
+    path: str
+    context: int
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    created: int = 0
+    dtype: str = ""
+    parameters: int = 0
+
+
+class Service(Protocol):
+    """All a server knows of an engine: it cannot tell one machine from a cluster."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The served model; only valid once ``state`` is "ready"."""
+
+    @property
+    def state(self) -> ServiceState:
+        """Where the service stands."""
+
+    def submit(self, request: Request) -> AsyncIterator[SequenceDelta]:
+        """Queue a request and stream its deltas until every sequence has a ``reason``.
+
+        Raises :class:`Overloaded`, :class:`EngineUnavailable` or :class:`InvalidRequest` before the first delta. Closing the iterator
+        cancels the request.
+        """
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request (or one of its sequences) at the next step; unknown ids are ignored."""
+
+    async def stats(self) -> EngineStats:
+        """A snapshot for metrics."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for the open ones, at most ``timeout_s`` seconds."""
+
+
+class SampleRow(Protocol):
+    """One token to draw: which row of the logits and everything the draw depends on."""
+
+    @property
+    def row(self) -> int:
+        """Row of ``StepResult.logits``."""
+
+
+class Sampler(Protocol):
+    """Draws tokens from logits."""
+
+    def sample(self, result: StepResult, rows: Sequence[SampleRow]) -> Sequence[Any]:
+        """One outcome per row, in order."""
