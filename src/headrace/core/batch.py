@@ -141,7 +141,18 @@ class Packer:
     def __init__(self) -> None:
         self._buffers = {
             name: _Buffer()
-            for name in ("ids", "positions", "writes", "queries", "contexts", "slots", "masks", "words", "rows", "adapters")
+            for name in (
+                "ids",
+                "positions",
+                "writes",
+                "queries",
+                "contexts",
+                "slots",
+                "masks",
+                "words",
+                "rows",
+                "adapters",
+            )
         }
 
     def pack(self, segments: Sequence[Segment]) -> Batch:
