@@ -54,3 +54,9 @@ class EngineConfig:
         for name in ("max_sequences", "max_step_tokens", "max_prefill_tokens"):
             if getattr(self.limits, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self.limits, name)}: give at least 1", field=name)
+        if self.limits.max_sequences > self.limits.max_step_tokens:
+            raise InvalidRequest(
+                f"max_sequences is {self.limits.max_sequences}, above max_step_tokens {self.limits.max_step_tokens}: "
+                "every running sequence needs a row in each step, so lower the one or raise the other",
+                field="max_sequences",
+            )

@@ -49,6 +49,10 @@ class SequenceView(Protocol):
         """Tokens it may still generate."""
 
     @property
+    def width(self) -> int:
+        """Sequences it stands for: n until a request with ``n > 1`` forks, then 1."""
+
+    @property
     def first_token(self) -> float | None:
         """When the first token was committed."""
 

@@ -1,0 +1,402 @@
+"""The engine: one loop that admits, plans, packs, runs, samples and commits.
+
+It knows nothing of texts, sockets or processes, and meets the model only as a :class:`Runner`, time only as a
+:class:`Clock` and every scheduling decision as a :class:`Policy`, so the same loop serves, tests and simulates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from headrace.core.batch import Packer, Segment
+from headrace.core.clock import WallClock
+from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
+from headrace.core.outputs import EngineStats, FinishReason, SequenceDelta
+from headrace.core.policy import Limits, Policy, StepPlan, View
+from headrace.core.protocols import Clock, ModelCard, Runner, StepResult
+from headrace.core.request import Request
+from headrace.engine.admission import complete_request
+from headrace.engine.kv import KVSpace
+from headrace.engine.memory import StepBudget
+from headrace.engine.queue import WaitingQueue
+from headrace.engine.sampling import Draw, Sampled, stream_key
+from headrace.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from headrace.core.batch import Ints
+    from headrace.core.request import Structure
+    from headrace.engine.grammar import CompiledGrammar, GrammarState
+
+_FIRST = np.zeros(1, np.int32)
+_NONE = np.empty(0, np.int32)
+
+
+class TokenSampler(Protocol):
+    """Draws one token a row."""
+
+    def sample(self, result: StepResult, rows: Seq[Draw]) -> list[Sampled]:
+        """One outcome per draw, in order."""
+
+
+class Grammars(Protocol):
+    """Compiles structures in the background."""
+
+    def compile(self, structure: Structure) -> Future[CompiledGrammar]:
+        """A future of the compiled grammar; it fails with :class:`InvalidRequest`."""
+
+    def start(self, compiled: CompiledGrammar) -> GrammarState:
+        """A fresh state at the start of an answer."""
+
+
+class Engine:
+    """Continuous batching over one runner. Not thread-safe: one thread calls everything.
+
+    Args:
+        runner: executes batches.
+        space: slots and prefix cache.
+        policy: decides who runs.
+        sampler: draws tokens from logits.
+        card: the model's limits.
+        limits: bounds of a step.
+        clock: source of time; the wall clock by default.
+        grammars: compiler for structured output; None refuses such requests.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        space: KVSpace,
+        policy: Policy,
+        sampler: TokenSampler,
+        card: ModelCard,
+        *,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
+        self.runner, self.space, self.policy, self.sampler = runner, space, policy, sampler
+        self.card, self.grammars = card, grammars
+        self.limits = limits or Limits()
+        self.clock: Clock = clock or WallClock()
+        self._budget = StepBudget(self.limits)
+        self._waiting = WaitingQueue()
+        self._running: dict[int, Sequence] = {}
+        self._requests: dict[str, list[Sequence]] = {}
+        self._packer = Packer()
+        self._deltas: list[SequenceDelta] = []
+        self._next_id = 0
+        self._stats = EngineStats(slots_total=space.pool.size)
+
+    # ---- what callers do -------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """True while a request is open or a delta has not been handed out."""
+        return bool(self._requests or self._deltas)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it could never be served; see :func:`headrace.engine.admission.complete_request`.
+        """
+        request = complete_request(request, self.card, self.limits, now=self.clock.now())
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
+        sequence = self._first_sequence(request)
+        structure = request.params.structure
+        if structure is None:
+            self._waiting.push(sequence)
+        elif self.grammars is None:
+            raise InvalidRequest("this engine was built without structured output", field="response_format")
+        else:
+            self._waiting.push_compiling(sequence, self.grammars.compile(structure))
+        self._requests[request.id] = [sequence]
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request, or one of its sequences, now; unknown ids are ignored."""
+        for sequence in list(self._requests.get(request_id, ())):
+            if index is None or sequence.index == index:
+                self._finish(sequence, SequenceDelta(request_id, sequence.index, reason="abort"))
+                self._stats.aborted += 1
+
+    def step(self) -> list[SequenceDelta]:
+        """Run one step and return what it brought forth (also of cancels and failures since the last)."""
+        started = time.perf_counter()
+        self._start_compiled()
+        self._admit()
+        segments, scheduled = self._assemble(self.policy.plan(self._view()))
+        if segments:
+            self._run(segments, scheduled)
+            self._stats.steps += 1
+            self._stats.step_ms = (time.perf_counter() - started) * 1e3
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """The current :class:`EngineStats` (the engine's own object: copy it to keep it)."""
+        stats = self._stats
+        stats.running = sum(s.width for s in self._running.values())
+        stats.waiting = len(self._waiting)
+        stats.slots_free, stats.slots_cached = self.space.pool.free, self.space.cached
+        return stats
+
+    def close(self) -> None:
+        """Abort everything that is open."""
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+
+    # ---- admission -------------------------------------------------------------------------------------------
+
+    def _first_sequence(self, request: Request) -> Sequence:
+        params = request.params
+        assert params.seed is not None
+        assert params.max_tokens is not None
+        eos = () if params.ignore_eos else self.card.stop_ids
+        sequence = Sequence(
+            self._take_id(),
+            request,
+            0,
+            draw_key=stream_key(params.seed, 0),
+            stop_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
+            max_tokens=params.max_tokens,
+        )
+        sequence.width = params.n
+        return sequence
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _start_compiled(self) -> None:
+        idle = not self._running and not self._deltas
+        for sequence, future in self._waiting.compiled(patience_s=0.005 if idle else 0.0):
+            failure = future.exception()
+            if failure is None and self.grammars is not None:
+                sequence.grammar = self.grammars.start(future.result())
+                self._waiting.push(sequence)
+            else:
+                self._fail(sequence, failure)
+
+    def _view(self) -> View:
+        return View(
+            now=self.clock.now(),
+            running=list(self._running.values()),
+            waiting=self._waiting.ready,
+            free_slots=self.space.available,
+            total_slots=self.space.pool.size,
+            limits=self._budget.limits,
+        )
+
+    def _admit(self) -> None:
+        if not self._waiting.ready:
+            return
+        by_id = {s.id: s for s in self._waiting.ready}
+        for number in self.policy.admit(self._view()):
+            sequence = by_id[number]
+            self._waiting.discard(sequence)
+            self._running[number] = sequence
+            sequence.running = True
+            sequence.timing.cached_tokens = max(sequence.timing.cached_tokens, self._attach(sequence))
+            if sequence.timing.first_scheduled is None:
+                sequence.timing.first_scheduled = self.clock.now()
+
+    def _attach(self, sequence: Sequence) -> int:
+        cached = self.space.attach(sequence)
+        self._stats.cached_tokens += cached
+        return min(cached, sequence.prompt_length)
+
+    # ---- assembling a step -----------------------------------------------------------------------------------
+
+    def _assemble(self, plan: StepPlan) -> tuple[list[Segment], list[Sequence]]:
+        segments: list[Segment] = []
+        scheduled: list[Sequence] = []
+        chosen: set[int] = set()
+        for number, tokens in plan.chunks:
+            sequence = self._running.get(number)
+            if sequence is None:  # preempted for one that came before it
+                continue
+            chosen.add(number)
+            slots = self._room(min(tokens, sequence.pending), chosen, plan)
+            if len(slots):
+                sequence.hold(slots)
+                segments.append(self._segment(sequence, slots))
+                scheduled.append(sequence)
+        return segments, scheduled
+
+    def _room(self, count: int, keep: set[int], plan: StepPlan) -> Ints:
+        """Slots for ``count`` tokens, preempting victims outside ``keep``; fewer, perhaps none, when nobody is left."""
+        victims = iter(plan.victims)
+        while (slots := self.space.reserve(count)) is None:
+            victim = next((v for v in victims if v in self._running and v not in keep), None)
+            if victim is None:
+                slots = self.space.reserve(min(count, self.space.available))
+                return _NONE if slots is None else slots
+            self._preempt(self._running[victim])
+        return slots
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue; what nobody overwrites of its K and V is found again later."""
+        self.space.publish(sequence)
+        self.space.release(sequence)
+        del self._running[sequence.id]
+        sequence.running = False
+        sequence.timing.preemptions += 1
+        self._stats.preemptions += 1
+        self._waiting.push(sequence)
+
+    @staticmethod
+    def _segment(sequence: Sequence, slots: Ints) -> Segment:
+        begin, count = sequence.context, len(slots)
+        end = begin + count
+        whole = end == sequence.length
+        wanted = _NONE if not whole else _FIRST if count == 1 else np.array([count - 1], np.int32)
+        return Segment(
+            sequence=sequence.id,
+            tokens=sequence.tokens[begin:end],
+            positions=np.arange(begin, end, dtype=np.int32),
+            write_slots=slots,
+            context_slots=sequence.slots[:begin],
+            wanted=wanted,
+        )
+
+    # ---- running and committing ------------------------------------------------------------------------------
+
+    def _run(self, segments: list[Segment], scheduled: list[Sequence]) -> None:
+        batch = self._packer.pack(segments)
+        try:
+            result = self.runner.run(batch)
+        except OutOfMemory as error:
+            self._survive(error, segments, scheduled)
+            return
+        self._budget.succeeded()
+        self._stats.forward_ms = result.forward_s * 1e3
+        self._stats.prefill_tokens += batch.shape.prefill_tokens
+        self._stats.decode_tokens += batch.shape.decode_tokens
+        heads: list[Sequence] = []
+        draws: list[Draw] = []
+        row = 0
+        for segment, sequence in zip(segments, scheduled, strict=True):
+            sequence.context += len(segment.tokens)
+            if len(segment.wanted):
+                for twin in self._fork(sequence):
+                    heads.append(twin)
+                    draws.append(self._draw(twin, row))
+                row += 1
+        sampled = self.sampler.sample(result, draws)
+        now = self.clock.now()
+        for sequence, outcome in zip(heads, sampled, strict=True):
+            self.commit(sequence, [outcome], now)
+
+    def _survive(self, error: OutOfMemory, segments: list[Segment], scheduled: list[Sequence]) -> None:
+        """Undo a step that did not fit and shrink the next ones; a lone sequence at the floor is given up."""
+        for segment in segments:
+            self.space.pool.release(segment.write_slots)
+        if not self._budget.shrink(sum(len(s.tokens) for s in segments)):
+            self._fail(scheduled[-1], error)
+
+    @staticmethod
+    def _draw(sequence: Sequence, row: int) -> Draw:
+        return Draw(
+            row=row,
+            params=sequence.request.params,
+            seed=sequence.draw_key,
+            index=len(sequence.output),
+            prompt=sequence.request.prompt,
+            output=sequence.output,
+            stop_ids=sequence.stop_ids,
+            grammar=sequence.grammar,
+        )
+
+    def _fork(self, leader: Sequence) -> list[Sequence]:
+        """The sequences that draw from this row: the leader, and its new siblings if its prompt has just ended."""
+        if leader.output:
+            return [leader]
+        self.space.publish(leader)
+        family = [leader]
+        assert leader.params.seed is not None
+        for index in range(1, leader.width):
+            twin = leader.fork(self._take_id(), index, stream_key(leader.params.seed, index))
+            twin.grammar = leader.grammar.fork() if leader.grammar else None
+            self.space.fork(leader, twin)
+            twin.running = True
+            self._running[twin.id] = twin
+            self._requests[leader.request.id].append(twin)
+            family.append(twin)
+        leader.width = 1
+        return family
+
+    def commit(self, sequence: Sequence, outcomes: Seq[Sampled], now: float) -> None:
+        """Append the tokens a step brought a sequence, up to the first that ends it, and tell its reader.
+
+        The K and V of all but the last token must be in its slots already: one token after a plain step, several
+        after a verified draft.
+        """
+        delta = SequenceDelta(sequence.request.id, sequence.index)
+        if sequence.params.logprobs is not None:
+            delta.logprobs = []
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self._fail(sequence, outcome.error)
+                return
+            sequence.append(outcome.token)
+            delta.tokens.append(outcome.token)
+            if delta.logprobs is not None and outcome.logprobs is not None:
+                delta.logprobs.append(outcome.logprobs)
+            delta.reason = self._reason(sequence, outcome.token)
+            if delta.reason is not None:
+                break
+        timing = sequence.timing
+        if timing.first_token is None:
+            timing.first_token = now
+            delta.timing = timing
+        timing.last_token = now
+        timing.decoded = len(sequence.output)
+        if delta.reason is None:
+            self._deltas.append(delta)
+        else:
+            if delta.tokens[-1] in sequence.stop_ids:
+                delta.stop_token = delta.tokens[-1]
+            self._stats.finished += 1
+            self._finish(sequence, delta)
+
+    @staticmethod
+    def _reason(sequence: Sequence, token: int) -> FinishReason | None:
+        """Why ``token``, just appended, ends the sequence; None when it goes on."""
+        if token in sequence.stop_ids:
+            return "stop"
+        if sequence.grammar is not None and (not sequence.grammar.accept(token) or sequence.grammar.terminated):
+            return "stop"
+        return "length" if len(sequence.output) >= sequence.max_tokens else None
+
+    def _finish(self, sequence: Sequence, delta: SequenceDelta) -> None:
+        """Take a sequence out of the engine and hand its slots back (its K and V stay findable)."""
+        if sequence.running:
+            del self._running[sequence.id]
+            sequence.running = False
+            if delta.error is None:  # what a failed step wrote may be garbage: nobody else shall find it
+                self.space.publish(sequence)
+            self.space.release(sequence)
+        else:
+            self._waiting.discard(sequence)
+        family = self._requests[sequence.request.id]
+        family.remove(sequence)
+        if not family:
+            del self._requests[sequence.request.id]
+        delta.timing = sequence.timing
+        self._deltas.append(delta)
+        for index in range(1, sequence.width):  # siblings that were never born end with their leader
+            self._deltas.append(
+                SequenceDelta(delta.request_id, index, reason=delta.reason, timing=sequence.timing, error=delta.error)
+            )
+
+    def _fail(self, sequence: Sequence, failure: BaseException | None) -> None:
+        error = failure if isinstance(failure, HeadraceError) else HeadraceError(f"internal error: {failure}")
+        delta = SequenceDelta(sequence.request.id, sequence.index, reason="error", error=error)
+        self._finish(sequence, delta)

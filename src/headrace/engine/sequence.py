@@ -1,0 +1,109 @@
+"""One sequence: its tokens, its slot table and where it stands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from headrace.core.outputs import RequestTiming
+from headrace.core.request import SLO, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from headrace.core.batch import Ints
+    from headrace.engine.grammar import GrammarState
+
+
+class Sequence:
+    """Tokens and K/V slots of one answer; conforms to :class:`headrace.core.policy.SequenceView`.
+
+    ``tokens[:length]`` are all known tokens (prompt, then output); ``slots[:context]`` hold the K and V of the first
+    ``context`` of them, in order. A request with ``n > 1`` starts as one sequence of ``width`` n, which forks once its
+    prompt is in slots.
+    """
+
+    __slots__ = (
+        "arrival", "context", "draw_key", "grammar", "id", "index", "length", "max_tokens", "output", "owner",
+        "priority", "prompt_length", "request", "running", "slo", "slots", "stop_ids", "timing", "tokens", "width",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, request: Request, index: int, *, draw_key: int, stop_ids: tuple[int, ...], max_tokens: int
+    ) -> None:
+        self.id = number
+        self.request = request
+        self.index = index
+        self.priority = request.priority
+        self.arrival = request.arrival
+        self.owner = request.owner
+        self.slo: SLO = request.slo
+        self.draw_key = draw_key
+        self.stop_ids = stop_ids
+        self.max_tokens = max_tokens
+        self.width = 1
+        self.running = False
+        self.grammar: GrammarState | None = None
+        self.prompt_length = len(request.prompt)
+        self.tokens: Ints = np.empty(self.prompt_length + min(max_tokens, 256), np.int32)
+        self.tokens[: self.prompt_length] = request.prompt
+        self.length = self.prompt_length
+        self.slots: Ints = np.empty(len(self.tokens), np.int32)
+        self.context = 0
+        self.output: list[int] = []
+        self.timing = RequestTiming(arrival=request.arrival)
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request's sampling parameters."""
+        return self.request.params
+
+    @property
+    def pending(self) -> int:
+        """Known tokens whose K and V are not in slots yet."""
+        return self.length - self.context
+
+    @property
+    def decoded(self) -> int:
+        """Tokens generated so far."""
+        return len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.max_tokens - len(self.output)
+
+    @property
+    def first_token(self) -> float | None:
+        """When the first token was committed, in seconds on the engine's clock."""
+        return self.timing.first_token
+
+    def append(self, token: int) -> None:
+        """Add a generated token; its K and V are pending."""
+        if self.length == len(self.tokens):
+            self._grow(2 * self.length)
+        self.tokens[self.length] = token
+        self.length += 1
+        self.output.append(token)
+
+    def hold(self, slots: Ints) -> None:
+        """Note ``slots`` as the room for the next ``len(slots)`` pending tokens; ``context`` does not move yet."""
+        end = self.context + len(slots)
+        self.slots[self.context : end] = slots
+
+    def fork(self, number: int, index: int, draw_key: int) -> Sequence:
+        """A sibling with the same tokens and slot table (the caller shares the slots' references)."""
+        twin = Sequence(
+            number, self.request, index, draw_key=draw_key, stop_ids=self.stop_ids, max_tokens=self.max_tokens
+        )
+        twin.slots[: self.context] = self.slots[: self.context]
+        twin.context = self.context
+        twin.timing.first_scheduled = self.timing.first_scheduled
+        twin.timing.cached_tokens = self.timing.cached_tokens
+        return twin
+
+    def _grow(self, capacity: int) -> None:
+        for name in ("tokens", "slots"):
+            old = getattr(self, name)
+            new = np.empty(capacity, np.int32)
+            new[: len(old)] = old
+            setattr(self, name, new)
