@@ -1,0 +1,100 @@
+"""The one attention function headrace registers with transformers, and the per-step object that travels to it.
+
+Every supported class looks its attention function up by name and passes unknown keyword arguments of its forward through to it.
+We register the name ``"headrace"`` and pass the step as ``headrace_step``; nothing is patched. The name is deliberately absent from the
+mask registry, so that no attention mask is ever built: the step knows who may see whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from headrace.models.attention import AttentionBackend, AttentionStep
+
+NAME = "headrace"
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward pass needs at every attention layer.
+
+    Attributes:
+        backend: who computes attention.
+        attention: the backend's own view of the batch, prepared once.
+        keys, values: per layer, the planes [slots, Hkv, D] that hold K and V.
+        write_slots: int64[N], where each token's K and V go.
+        calls: attention calls so far, to notice a model that goes around the hook.
+    """
+
+    backend: AttentionBackend
+    attention: AttentionStep
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    write_slots: Tensor
+    calls: int = field(default=0)
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    headrace_step: Step | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Write this layer's K and V to their slots, then attend over the slots.
+
+    Args:
+        module: the attention module; ``layer_idx`` says which planes are its own.
+        query, key, value: [1, H, N, D], rotary positions applied.
+        scaling: factor on the scores; 1 / sqrt(D) when None.
+        headrace_step: the step; without it the model was called outside a runner.
+        sliding_window: a query at position p sees keys at positions above ``p - sliding_window``.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: [Hq] attention sinks, one extra logit per head that takes weight and gives no value.
+
+    Returns:
+        [1, N, Hq, Dv] and no weights.
+    """
+    if headrace_step is None:
+        raise RuntimeError(
+            "this model is held by a headrace runner and its attention needs the runner's step: run it through the runner, "
+            "or give it back with model.set_attn_implementation('sdpa')"
+        )
+    step, layer = headrace_step, module.layer_idx
+    keys, values = step.keys[layer], step.values[layer]
+    keys.index_copy_(0, step.write_slots, key[0].transpose(0, 1))
+    values.index_copy_(0, step.write_slots, value[0].transpose(0, 1))
+    step.calls += 1
+    out = step.backend.attend(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        step.attention,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window if sliding_window is not None else getattr(module, "sliding_window", None),
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+def install(module: Any) -> None:
+    """Make ``module`` (a transformers model) call :func:`attention_forward`; registering twice is harmless."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    if module.config._attn_implementation != NAME:
+        module.set_attn_implementation(NAME)
