@@ -1,0 +1,112 @@
+"""The one place that knows every part: builds an engine, or the service around one, from a configuration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from headrace.core.config import EngineConfig
+from headrace.core.errors import InvalidRequest
+from headrace.core.request import Request, SamplingParams
+from headrace.engine.service import ProcessService
+
+if TYPE_CHECKING:
+    from headrace.core.protocols import ModelCard
+    from headrace.engine.engine import Engine
+    from headrace.models.load import LoadedModel
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
+    """Load the model and build an engine in this process, warmed up.
+
+    Raises:
+        HeadraceError: an option is wrong, the checkpoint is missing, broken or unsupported, or memory is too small.
+    """
+    import torch
+
+    from headrace.engine.engine import Engine
+    from headrace.engine.grammar import GrammarCompiler
+    from headrace.engine.kv import KVSpace
+    from headrace.engine.policies import get_policy
+    from headrace.engine.sampling import TorchSampler
+    from headrace.models.budget import kv_slots
+    from headrace.models.linear import choose_linears
+    from headrace.models.load import load
+    from headrace.models.runner import ModelRunner
+    from headrace.models.slots import SlotPool
+
+    policy = get_policy(config.policy)
+    torch.set_num_threads(config.threads or available_cores())
+    model = load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+    choose_linears(model, config.linears)
+    context = longest_context(config, model)
+    pool = SlotPool(kv_slots(model, config.kv_gib, context))
+    runner = ModelRunner(model, pool, attention=config.attention)
+    card = replace(
+        model.card,
+        name=config.served_name or model.card.name,
+        context=min(context, pool.size),
+        vocab_size=runner.vocab_size,
+    )
+    warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
+    return Engine(
+        runner,
+        KVSpace(pool, prefix_cache=config.prefix_cache),
+        policy,
+        TorchSampler(),
+        card,
+        limits=config.limits,
+        grammars=GrammarCompiler(model.path, runner.vocab_size, card.stop_ids),
+    )
+
+
+def build_service(config: EngineConfig) -> ProcessService:
+    """An engine in its own process; ``await service.start()`` loads it."""
+    return ProcessService(run_engine_process, (config,), max_queue=config.max_queue)
+
+
+def run_engine_process(connection: Connection, config: EngineConfig) -> None:
+    """Entry point of the engine's process."""
+    from headrace.engine.worker import run_worker
+
+    run_worker(connection, partial(build_engine, config))
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
+def longest_context(config: EngineConfig, model: LoadedModel) -> int:
+    """Longest prompt plus output in tokens: the model's own, or less where the configuration says so."""
+    card: ModelCard = model.card
+    if config.max_context is None:
+        return card.context
+    if config.max_context > card.context:
+        raise InvalidRequest(
+            f"max_context is {config.max_context}, but {card.name} was made for {card.context} tokens: lower it",
+            field="max_context",
+        )
+    return config.max_context
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a prompt and a few tokens, so that kernels compile and buffers exist before the first request."""
+    sampled = SamplingParams(max_tokens=3, temperature=1.0, top_p=0.9, seed=0, ignore_eos=True)
+    for number, params in enumerate((sampled.with_(temperature=0.0), sampled)):
+        length = min(24, max(1, engine.card.context - 3))
+        engine.add(Request(f"warm-up-{number}", tuple([number % engine.card.vocab_size] * length), params))
+    while engine.busy:
+        engine.step()
