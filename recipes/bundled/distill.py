@@ -7,8 +7,6 @@ starts as the target's, projected on its leading principal directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -69,7 +67,10 @@ class DraftTrainer(Trainer):
             taught = self.teacher.hidden(inputs).flatten(0, 1)
         table = self.teacher.model.embed_tokens.weight
         weights = torch.full(labels.shape, weight, device=self.device)
-        logits: Callable[[int, int], Tensor] = lambda start, stop: taught[start:stop] @ table.t()  # noqa: E731
+
+        def logits(start: int, stop: int) -> Tensor:
+            return taught[start:stop] @ table.t()
+
         hidden = self.model.hidden(inputs).flatten(0, 1)
         head = self.model.model.embed_tokens.weight
         return teacher_loss(hidden, head, labels, weights, self.kernels, logits, self.blend)

@@ -1,11 +1,7 @@
-"""Measure an exported pair: held-out bits per byte, how often the draft is right, and samples.
-
-`python -m recipes.bundled.evaluate` writes `evaluation.json` in the work folder; the model card is made from it.
-"""
+"""Measure an exported pair: held-out bits per byte, how often the draft is right, and samples."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +14,6 @@ from torch.nn import functional as F
 
 from .data import stream_report
 from .generate import answer, continue_rows, load
-from .loop import arguments, settings_from
 from .tokenizer import render
 
 WINDOW = 512  # tokens of context when bits per byte are measured
@@ -126,16 +121,3 @@ def evaluate(folder: Path, work: Path) -> dict[str, Any]:
         "acceptance": acceptance(target, draft, work),
         "samples": samples(target, tokenizer),
     }
-
-
-def main() -> None:
-    """Command line."""
-    options = arguments(__doc__ or "", minutes=5.0).parse_args()
-    settings = settings_from(options)
-    result = evaluate(settings.work / "export", settings.work)
-    (settings.work / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()

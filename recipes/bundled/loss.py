@@ -54,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
     """sum_i weights_i * loss_i for a linear head, gradients made in the forward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         head: Tensor,
