@@ -1,0 +1,215 @@
+"""The engine in its own process: streams, cancels, crashes and restarts, over the fake model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+
+import pytest
+
+from headrace.core.clock import WallClock
+from headrace.core.errors import EngineUnavailable, HeadraceError, ModelNotFound, Overloaded
+from headrace.core.outputs import SequenceDelta
+from headrace.core.protocols import StepResult
+from headrace.core.request import Request, SamplingParams
+from headrace.engine.engine import Engine
+from headrace.engine.service import ProcessService
+from headrace.engine.worker import run_worker
+from tests.engine.fake import answer, engine, request
+
+
+def slow_engine(delay_s: float) -> Engine:
+    """The fake engine on the wall clock, whose steps take ``delay_s`` and die on the token 96."""
+    built = engine(2000, max_sequences=64, max_step_tokens=128)
+    built.clock = WallClock()
+    built.card = replace(built.card, context=1000)
+    inner = built.runner.run
+
+    def run(batch: object) -> StepResult:
+        if (batch.ids == 96).any():  # type: ignore[attr-defined]
+            os._exit(3)
+        time.sleep(delay_s)
+        return inner(batch)  # type: ignore[arg-type]
+
+    built.runner.run = run
+    return built
+
+
+def serve(connection: Connection, delay_s: float = 0.001) -> None:
+    run_worker(connection, partial(slow_engine, delay_s))
+
+
+def refuse(connection: Connection) -> None:
+    def build() -> Engine:
+        raise ModelNotFound("no model 'nowhere': give a folder", field="model")
+
+    run_worker(connection, build)
+
+
+def crash_at_once(connection: Connection) -> None:
+    os._exit(7)
+
+
+async def collect(service: ProcessService, job: Request) -> dict[int, list[SequenceDelta]]:
+    out: dict[int, list[SequenceDelta]] = {}
+    async for delta in service.submit(job):
+        out.setdefault(delta.index, []).append(delta)
+    return out
+
+
+def run(body, target=serve, arguments=(), **options) -> None:
+    """Run ``body(service)`` against a started service and close it afterwards."""
+
+    async def main() -> None:
+        service = ProcessService(target, arguments, **options)
+        await service.start()
+        try:
+            await asyncio.wait_for(body(service), 60)
+        finally:
+            await service.close()
+
+    asyncio.run(main())
+
+
+def test_many_streams_answer_as_if_alone() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        jobs = [request(f"r{i}", [i % 9 + 1] * (i + 1), max_tokens=20, n=i % 3 + 1) for i in range(30)]
+        for job, out in zip(jobs, await asyncio.gather(*(collect(service, j) for j in jobs)), strict=True):
+            for index in range(job.params.n):
+                assert [t for d in out[index] for t in d.tokens] == answer(job, index)
+                assert out[index][-1].timing.ttft_ms > 0
+        stats = await service.stats()
+        assert stats.slots_free + stats.slots_cached == stats.slots_total
+        assert (stats.running, stats.waiting) == (0, 0)
+
+    run(body)
+
+
+def test_a_slow_reader_gets_merged_deltas() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        job = request("a", [1, 2], max_tokens=60, ignore_eos=True)
+        stream = service.submit(job)
+        await asyncio.sleep(0.5)
+        deltas = [d async for d in stream]
+        assert len(deltas) == 1
+        assert deltas[0].tokens == answer(job)
+        assert deltas[0].reason == "length"
+
+    run(body)
+
+
+def test_closing_a_stream_cancels_and_frees() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        stream = service.submit(request("a", [1, 2], max_tokens=900, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()
+        await asyncio.sleep(0.1)
+        stats = await service.stats()
+        assert stats.running == 0
+        assert stats.aborted == 1
+        assert stats.slots_free + stats.slots_cached == stats.slots_total
+
+    run(body)
+
+
+def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        streams = [service.submit(request(f"r{i}", [1], max_tokens=500, ignore_eos=True)) for i in range(66)]
+        with pytest.raises(Overloaded) as caught:
+            service.submit(request("late", [1]))
+        assert caught.value.retry_after_s >= 1
+        for stream in streams:
+            await stream.aclose()
+        assert await collect(service, request("again", [1], max_tokens=2))
+
+    run(body, max_queue=2)
+
+
+def test_a_killed_engine_ends_open_requests_with_an_error_and_restarts() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        jobs = [request(f"r{i}", [1, 2, i], max_tokens=900, ignore_eos=True) for i in range(5)]
+        tasks = [asyncio.create_task(collect(service, j)) for j in jobs]
+        await asyncio.sleep(0.2)
+        first = service.pid
+        os.kill(first, signal.SIGKILL)
+        for out in await asyncio.gather(*tasks):
+            last = out[0][-1]
+            assert last.reason == "error"
+            assert isinstance(last.error, EngineUnavailable)
+            assert last.error.code == "engine_crashed"
+        assert service.state == "loading"
+        with pytest.raises(EngineUnavailable):
+            service.submit(jobs[0])
+        await service.ready(30)
+        assert service.pid != first
+        job = request("after", [4, 2], max_tokens=5)
+        out = await collect(service, job)
+        assert [t for d in out[0] for t in d.tokens] == answer(job)
+
+    run(body)
+
+
+def test_a_request_that_crashes_the_engine_is_not_sent_again() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        out = await collect(service, request("poison", [96], max_tokens=5))
+        assert out[0][-1].reason == "error"
+        await service.ready(30)
+        assert (await collect(service, request("fine", [5], max_tokens=2)))[0][-1].reason in ("length", "stop")
+
+    run(body)
+
+
+def test_a_model_that_does_not_load_says_why() -> None:
+    async def body(service: ProcessService) -> None:
+        with pytest.raises(ModelNotFound, match="nowhere") as caught:
+            await service.ready(30)
+        assert caught.value.field == "model"
+        assert service.state == "failed"
+
+    run(body, refuse)
+
+
+def test_an_engine_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.engine.service.CRASHES_ALLOWED", 1)
+
+    async def body(service: ProcessService) -> None:
+        with pytest.raises(HeadraceError, match="died 2 times"):
+            await service.ready(30)
+
+    run(body, crash_at_once)
+
+
+def test_drain_lets_open_requests_end_and_refuses_new_ones() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        job = request("a", [1, 2], max_tokens=100, ignore_eos=True)
+        task = asyncio.create_task(collect(service, job))
+        await asyncio.sleep(0.05)
+        await service.drain(20)
+        assert task.done() or (await task)
+        assert [t for d in task.result()[0] for t in d.tokens] == answer(job)
+        with pytest.raises(EngineUnavailable, match="draining"):
+            service.submit(request("b", [1]))
+
+    run(body)
+
+
+def test_seeds_are_drawn_when_none_is_given() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        jobs = [Request(f"r{i}", (1, 2), SamplingParams(max_tokens=12, ignore_eos=True)) for i in range(4)]
+        texts = [tuple(t for d in (await collect(service, j))[0] for t in d.tokens) for j in jobs]
+        assert len(set(texts)) > 1
+
+    run(body)
