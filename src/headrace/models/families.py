@@ -15,49 +15,46 @@ from headrace.core.errors import UnsupportedModel
 _STATE = "it carries a recurrent state that cannot be branched, shared or dropped per token as K and V can"
 _PLAIN = "serve it with plain transformers"
 
-_REFUSED: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(
-        "mamba mamba2 falcon_mamba rwkv jamba zamba zamba2 bamba falcon_h1 nemotron_h granitemoehybrid xlstm".split(),
-        (
-            f"a state-space or recurrent model: {_STATE}",
-            "use a pure attention model of the same size, such as Qwen3 or Llama",
-        ),
+# Families refused by name, as (model types, reason, alternative). What the configuration itself gives away is checked below.
+_REFUSALS: tuple[tuple[str, str, str], ...] = (
+    (
+        "mamba mamba2 falcon_mamba rwkv xlstm jamba zamba zamba2 bamba falcon_h1 nemotron_h granitemoehybrid plamo2",
+        f"it is a state-space or recurrent model: {_STATE}",
+        "use an attention-only model of the same size, such as Qwen3 or Llama",
     ),
-    **dict.fromkeys(
-        "recurrent_gemma lfm2 lfm2_moe qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text kimi_linear minimax olmo_hybrid".split(),
-        (
-            f"a hybrid of attention and linear attention or convolutions: {_STATE}",
-            f"use a pure attention model, or {_PLAIN}",
-        ),
+    (
+        "recurrent_gemma lfm2 lfm2_moe lfm3 qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text "
+        "kimi_linear minimax olmo_hybrid bailing_hybrid",
+        f"it mixes attention with linear attention, recurrences or convolutions: {_STATE}",
+        f"use an attention-only model, or {_PLAIN}",
     ),
-    **dict.fromkeys(
-        "bloom mpt".split(),
-        (
-            "it uses ALiBi position biases, which the attention kernels here do not add",
-            f"use a rotary model, or {_PLAIN}",
-        ),
+    (
+        "bloom mpt",
+        "it uses ALiBi position biases, which the attention kernels here do not add",
+        f"use a model with rotary positions, or {_PLAIN}",
     ),
-    **dict.fromkeys(
-        "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text".split(),
-        (
-            "some of its layers read the K and V of other layers, or take a second input per layer",
-            "use Gemma 3 instead",
-        ),
+    (
+        "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text",
+        "some of its layers read the K and V of other layers, or take a second input per layer",
+        "use Gemma 3 instead",
     ),
-    **dict.fromkeys(
-        "llama4 llama4_text".split(),
-        ("its chunked attention and position-dependent temperature are not implemented", f"use Llama 3, or {_PLAIN}"),
+    (
+        "llama4 llama4_text",
+        "its chunked attention is not implemented",
+        f"use Llama 3, or {_PLAIN}",
     ),
-    **dict.fromkeys(
-        "mllama mllama_text_model".split(),
-        ("it attends across to image features", "use the text-only Llama 3 of the same size"),
+    (
+        "mllama mllama_text_model",
+        "it attends across to image features",
+        "use the text-only Llama 3 of the same size",
     ),
-}
+)
+_REFUSED = {name: (reason, instead) for names, reason, instead in _REFUSALS for name in names.split()}
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def check_supported(config: Any, *, text: Any = None) -> type:
+def check_supported(config: Any, *, text: Any = None) -> Any:
     """The ``*ForCausalLM`` class that runs ``config``.
 
     Args:
@@ -94,7 +91,7 @@ def check_supported(config: Any, *, text: Any = None) -> type:
     return _causal_class(config)
 
 
-def _causal_class(config: Any) -> type:
+def _causal_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind = config.model_type
@@ -102,7 +99,7 @@ def _causal_class(config: Any) -> type:
         found = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         _refuse(kind, "transformers has no causal language model of this type", "use a text-generation checkpoint")
-    model = found[0] if isinstance(found, Sequence) else found
+    model: Any = found[0] if isinstance(found, Sequence) else found
     if not getattr(model, "_supports_attention_backend", False):
         _refuse(kind, f"{model.__name__} computes attention itself and not through the attention interface", _PLAIN)
     return model
@@ -134,8 +131,23 @@ class Anatomy:
     logit_softcap: float | None = None
 
 
+# Model types whose modules follow Llama's names: model.{embed_tokens, layers, norm, rotary_emb} and lm_head.
 _LIKE_LLAMA = frozenset(
-    "llama qwen2 qwen3 mistral gemma2 gemma3_text phi3 smollm3 qwen3_moe mixtral olmo2 granite gpt_oss".split()
+    {
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    }
 )
 
 

@@ -1,8 +1,9 @@
 """The layer stack: a transformers decoder taken apart into ``embed -> layers[lo, hi) -> head``.
 
-Going layer by layer lets a machine hold part of a model, lets only the wanted rows through the LM head, and skips the mask building and
-output recording of the whole forward. The modules and weights are the checkpoint's own; each family is tested against its whole forward,
-split at every layer boundary. A model whose anatomy is not in the table of :mod:`headrace.models.families` still runs, but only whole.
+Going layer by layer lets a machine hold part of a model, lets only the wanted rows through the LM head, and skips the mask
+building and output recording of the whole forward. The modules and weights are the checkpoint's own; each family is tested
+against its whole forward, split at every layer boundary. A model whose anatomy is not in the table of
+:mod:`headrace.models.families` still runs, but only whole.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class LayerStack:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: hidden rows [R, h] to float32[R, vocabulary]."""
-        logits = self._anatomy.head(self._anatomy.norm(hidden))
+        logits: Tensor = self._anatomy.head(self._anatomy.norm(hidden))
         if self._anatomy.logit_scale is not None:
             logits = logits * self._anatomy.logit_scale
         logits = logits.float()
@@ -143,7 +144,7 @@ class WholeForward:
         out = self._module(
             input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, headrace_step=step, **keep
         )
-        logits = out.logits[0]
+        logits: Tensor = out.logits[0]
         return (logits if rows is None or self._keeps else logits.index_select(0, rows)).float()
 
 

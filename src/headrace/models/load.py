@@ -1,0 +1,173 @@
+"""Loading a checkpoint: found, checked, memory-mapped and placed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.core.errors import InvalidRequest
+from headrace.core.protocols import ModelCard
+from headrace.models import checkpoint, families, hub, rope
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        module: the ``*ForCausalLM`` in evaluation mode.
+        config: its configuration.
+        path: the checkpoint's folder.
+        card: what faces need to know.
+        dtype: of the weights, and of K and V.
+        device: where the weights are.
+    """
+
+    module: Any
+    config: Any
+    path: Path
+    card: ModelCard
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    revision: str | None = None,
+    max_context: int | None = None,
+) -> LoadedModel:
+    """Find, check and load a model.
+
+    Args:
+        name: as for :func:`headrace.models.hub.resolve`.
+        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on the CPU: without bfloat16 units, which most CPUs lack,
+            half precision is converted back and forth around every product and loses both time and accuracy. On a GPU it is
+            bfloat16, or float16 where the GPU has no bfloat16.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:0".
+        trust_remote_code: run Python code that comes with the checkpoint.
+        progress: show a bar while weights load, on a terminal.
+        revision: branch, tag or commit on the hub.
+        max_context: tokens the model will be used with at most; None for all it was made for. It matters only to models whose rotary
+            positions depend on it, see :mod:`headrace.models.rope`.
+
+    Raises:
+        ModelNotFound: nothing of that name.
+        BrokenCheckpoint: its files are missing, truncated, misshapen or unsafe.
+        UnsupportedModel: its architecture does not run here.
+        InvalidRequest: an unknown dtype or device.
+    """
+    place = _device(device)
+    precision = _dtype(dtype, place)
+    path = hub.resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = checkpoint.read_config(path, trust_remote_code=trust_remote_code)
+    model = families.check_supported(config, text=config.get_text_config(decoder=True))
+    checkpoint.check_tokenizer(path)
+    checkpoint.check_shapes(path, checkpoint.read_shapes(path), model, config)
+    with _quiet(progress):
+        module, info = model.from_pretrained(
+            path,
+            config=config,
+            dtype=precision,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported by check_loaded, with the remedy
+            output_loading_info=True,
+        )
+    checkpoint.check_loaded(path, info)
+    module = module.to(place).eval().requires_grad_(False)
+    context = rope.settle(module, max_context)
+    card = ModelCard(
+        name=name,
+        path=str(path),
+        context=context,
+        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
+        stop_ids=stop_ids(path, config),
+        created=int((path / "config.json").stat().st_mtime),
+        dtype=str(precision).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+    )
+    return LoadedModel(module, config, path, card, precision, place)
+
+
+def stop_ids(path: Path, config: Any) -> tuple[int, ...]:
+    """Ids that end generation: the generation configuration's, else the configuration's, else the tokenizer's end-of-text."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        found = _ids(json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id"))
+    found = found or _ids(getattr(config, "eos_token_id", None)) or _tokenizer_eos(path)
+    return tuple(dict.fromkeys(found))
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [int(v) for v in values if isinstance(v, int) and v >= 0]
+
+
+def _tokenizer_eos(path: Path) -> list[int]:
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        text = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+        text = text["content"] if isinstance(text, dict) else text
+        added = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        return [int(entry["id"]) for entry in added if entry["content"] == text]
+    return []
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device is {name!r}: choose auto, cpu, cuda or cuda:N", field="device")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InvalidRequest(
+                f"device is {name!r}, but torch {torch.__version__} sees {count} CUDA devices here: choose cpu, or install "
+                "a CUDA build of torch and its driver",
+                field="device",
+            )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name not in _DTYPES:
+        raise InvalidRequest(f"dtype is {name!r}: choose auto, {', '.join(_DTYPES)}", field="dtype")
+    return _DTYPES[name]
+
+
+@contextlib.contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """transformers' own bar on a terminal only, and its load report not at all: what it says is checked and raised."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    bar = progress and sys.stderr.isatty()
+    had_bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        (logging.enable_progress_bar if had_bar else logging.disable_progress_bar)()
