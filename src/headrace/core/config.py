@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
@@ -60,3 +61,18 @@ class EngineConfig:
                 "every running sequence needs a row in each step, so lower the one or raise the other",
                 field="max_sequences",
             )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """A configuration from flat options: the fields of this class and those of its :class:`Limits`.
+
+        Raises:
+            InvalidRequest: an option does not exist or is out of range.
+        """
+        of_limits = [f.name for f in fields(Limits)]
+        known = [f.name for f in fields(cls) if f.name != "limits"] + of_limits
+        for name in options:
+            if name not in known:
+                raise InvalidRequest(f"no engine option {name!r}; there are {', '.join(known)}", field=name)
+        limits = Limits(**{name: options.pop(name) for name in of_limits if name in options})
+        return cls(**options, limits=limits)
