@@ -10,9 +10,14 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from headrace.core.protocols import ModelCard
+
+if TYPE_CHECKING:
+    from headrace.models.load import LoadedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -122,13 +127,15 @@ def config(family: str) -> Any:
     return getattr(transformers, f"{prefix}Config")(**{**_BASE, **changes})
 
 
-def build(family: str) -> Any:
-    """A fresh float32 random model of ``family`` in evaluation mode."""
+def build(family: str, attention: str | None = None) -> Any:
+    """A fresh float32 random model of ``family`` in evaluation mode, with transformers' ``attention`` ("eager", "sdpa")."""
     import transformers
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234 + FAMILIES.index(family))
-        model = transformers.AutoModelForCausalLM.from_config(config(family), dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config(family), dtype=torch.float32, attn_implementation=attention
+        ).eval()
         generator = torch.Generator().manual_seed(99 + FAMILIES.index(family))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -139,6 +146,15 @@ def build(family: str) -> Any:
                     parameter.add_(noise * 0.1)
         model.tie_weights()
     return model
+
+
+def loaded(family: str, module: Any = None) -> LoadedModel:
+    """A :class:`LoadedModel` of ``family`` (of ``module`` if given) that never was on disk."""
+    from headrace.models.load import LoadedModel
+
+    module = build(family) if module is None else module
+    card = ModelCard(family, "", CONTEXT, VOCAB, (EOS, IM_END), dtype="float32", parameters=module.num_parameters())
+    return LoadedModel(module, module.config, Path(), card, torch.float32, torch.device("cpu"))
 
 
 @functools.cache
