@@ -1,0 +1,284 @@
+// y[M, N] = x[M, K] @ W[N, K]^T + bias in fp32, over weights packed once; built for few rows M, sound for any.
+//
+// Layout. W is cut into panels of PANEL output columns; a panel holds K steps of PANEL weights back to back, so a product
+// reads every weight once and in order. bf16 storage (for values that are exactly bf16) halves the bytes and is widened in
+// registers: the arithmetic is fp32 either way. Columns beyond N are zeros.
+//
+// Order of summation. Each y[m, n] walks K in blocks of K_BLOCK: within a block one chain of multiply-adds in ascending k,
+// then base + block, base being the bias at first and the running sum afterwards. No tile shape, thread count or number of
+// rows enters into it: a row's bits do not depend on the rows it shares a batch with.
+//
+// Rows are tiled so that a tile's accumulators fill the registers, and a panel's K block stays in cache while all row tiles
+// of a row block pass over it. Threads split the panels.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "simd.h"
+
+// Declared here because Apple's compiler ships no omp.h.
+extern "C" int omp_get_num_threads(void);
+extern "C" int omp_get_thread_num(void);
+
+namespace headrace {
+
+// A packed matrix as its owner describes it: the struct of the same name in skinny.py.
+struct Matrix {
+  void* panels;       // panel_count(columns) * depth * PANEL weights
+  const float* bias;  // panel_count(columns) * PANEL floats, zeros where there is none
+  std::int64_t columns;
+  std::int64_t depth;
+  std::int64_t storage;
+};
+
+namespace {
+
+using isize = std::ptrdiff_t;
+
+constexpr int TILE_VECS = (LANES == 4 && REGISTERS == 32) ? 4 : 2;
+constexpr int PANEL = TILE_VECS * LANES;
+constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;  // accumulators, a step of weights and a broadcast fill the registers
+constexpr isize K_BLOCK = 256;                   // a panel's block and a tile's rows fit a 48 KiB L1
+constexpr isize ROW_BLOCK = 128;                 // rows of x that stay in L2 while all panels pass over them
+constexpr isize PREFETCH_BYTES = 2048;
+
+// Independent chains of multiply-adds that hide their latency: tiles of few rows take several panels at once.
+constexpr int CHAINS = 8;
+constexpr int panels_at_once(int rows) { return std::max(1, CHAINS / (rows * TILE_VECS)); }
+
+enum Storage : int { FLOAT32 = 0, BFLOAT16 = 1 };
+
+isize panel_count(isize columns) { return (columns + PANEL - 1) / PANEL; }
+
+// Adds `depth` steps of k to ROWS x (GROUPS * PANEL) outputs: y = base + x @ w. Group g reads weights at w + g * group_stride.
+template <int ROWS, int GROUPS, typename W>
+inline void tile(const W* w, isize group_stride, const float* x, isize ldx, isize depth, const float* base, isize ldbase,
+                 float* y, isize ldy) {
+  constexpr int VECS = GROUPS * TILE_VECS;
+  vec acc[ROWS][VECS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) acc[r][v] = zero();
+#pragma GCC unroll 4
+  for (isize k = 0; k < depth; ++k) {
+    vec weights[VECS];
+    for (int g = 0; g < GROUPS; ++g) {
+      const W* step = w + g * group_stride + k * PANEL;
+      for (int v = 0; v < TILE_VECS; v += 2)
+        load_pair(step + v * LANES, weights[g * TILE_VECS + v], weights[g * TILE_VECS + v + 1]);
+      for (std::size_t line = 0; line < PANEL * sizeof(W); line += 64)
+        prefetch(reinterpret_cast<const char*>(step) + PREFETCH_BYTES + line);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const vec value = broadcast(x[r * ldx + k]);
+      for (int v = 0; v < VECS; ++v) acc[r][v] = fma(value, weights[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) {
+      const isize at = v * LANES;
+      store(y + r * ldy + at, add(load(base + r * ldbase + at), acc[r][v]));
+    }
+}
+
+template <typename W>
+using TileFunction = void (*)(const W*, isize, const float*, isize, isize, const float*, isize, float*, isize);
+
+// tiles[rows - 1], for the most panels such a tile takes at once, or for a single one.
+template <typename W, bool WIDE, int... R>
+constexpr TileFunction<W> pick(int rows, std::integer_sequence<int, R...>) {
+  constexpr TileFunction<W> tiles[] = {tile<R + 1, WIDE ? panels_at_once(R + 1) : 1, W>...};
+  return tiles[rows - 1];
+}
+template <typename W>
+TileFunction<W> tile_for(int rows, bool wide) {
+  using Rows = std::make_integer_sequence<int, TILE_ROWS>;
+  return wide ? pick<W, true>(rows, Rows{}) : pick<W, false>(rows, Rows{});
+}
+
+// Rows of the next tile when `left` remain: even shares, so that no tile is left with a single row to itself.
+int next_rows(isize left) {
+  const isize tiles = (left + TILE_ROWS - 1) / TILE_ROWS;
+  return static_cast<int>((left + tiles - 1) / tiles);
+}
+
+template <typename W>
+struct Product {
+  const W* panels;
+  const float* bias;
+  isize columns, depth;
+  const float* x;
+  isize ldx;
+  float* y;
+  isize rows;
+
+  // `groups` whole panels from `panel` on, for rows [first, last).
+  void whole(isize panel, int groups, isize first, isize last) const {
+    const W* w = panels + panel * depth * PANEL;
+    float* out = y + panel * PANEL;
+    for (isize k = 0; k < depth; k += K_BLOCK) {
+      const isize steps = std::min(K_BLOCK, depth - k);
+      for (isize m = first; m < last;) {
+        const int tile_rows = next_rows(last - m);
+        float* to = out + m * columns;
+        tile_for<W>(tile_rows, groups > 1)(w + k * PANEL, depth * PANEL, x + m * ldx + k, ldx, steps,
+                                           k == 0 ? bias + panel * PANEL : to, k == 0 ? 0 : columns, to, columns);
+        m += tile_rows;
+      }
+    }
+  }
+
+  // The last panel when it has columns beyond N: computed aside, the real columns copied.
+  void partial(isize panel, isize first, isize last) const {
+    const W* w = panels + panel * depth * PANEL;
+    const isize real = columns - panel * PANEL;
+    alignas(64) float aside[TILE_ROWS * PANEL];
+    for (isize m = first; m < last;) {
+      const int tile_rows = next_rows(last - m);
+      for (isize k = 0; k < depth; k += K_BLOCK)
+        tile_for<W>(tile_rows, false)(w + k * PANEL, 0, x + m * ldx + k, ldx, std::min(K_BLOCK, depth - k),
+                                      k == 0 ? bias + panel * PANEL : aside, k == 0 ? 0 : PANEL, aside, PANEL);
+      for (int r = 0; r < tile_rows; ++r)
+        std::copy_n(aside + r * PANEL, real, y + (m + r) * columns + panel * PANEL);
+      m += tile_rows;
+    }
+  }
+
+  void run(isize from, isize to) const {
+    for (isize first = 0; first < rows; first += ROW_BLOCK) {
+      const isize last = std::min(rows, first + ROW_BLOCK);
+      const int most = panels_at_once(next_rows(last - first));
+      for (isize panel = from; panel < to;) {
+        const isize whole_left = std::min(to, columns / PANEL) - panel;
+        if (whole_left <= 0) {
+          partial(panel++, first, last);
+          continue;
+        }
+        const int groups = whole_left >= most ? most : 1;
+        whole(panel, groups, first, last);
+        panel += groups;
+      }
+    }
+  }
+};
+
+template <typename W>
+void multiply(const Matrix& matrix, const float* x, isize stride, isize rows, float* y, int threads) {
+  const Product<W> product{static_cast<const W*>(matrix.panels), matrix.bias, matrix.columns, matrix.depth, x, stride, y, rows};
+  const isize count = panel_count(matrix.columns);
+// The team always has `threads` members: libgomp ends and restarts its threads when the size of a team changes.
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const isize size = omp_get_num_threads(), rank = omp_get_thread_num();
+    product.run(count * rank / size, count * (rank + 1) / size);
+  }
+}
+
+// Where column c of a panel stands within a step of k. bf16 columns c and c + LANES share a 32-bit word.
+template <typename W>
+constexpr isize place(isize c) {
+  if (sizeof(W) == sizeof(float)) return c;
+  const isize pair = c / (2 * LANES) * (2 * LANES), within = c % (2 * LANES);
+  return pair + within % LANES * 2 + within / LANES;
+}
+
+void convert(float from, float& to) { to = from; }
+void convert(float from, std::uint16_t& to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &from, sizeof bits);
+  to = static_cast<std::uint16_t>(bits >> 16);
+}
+void convert(std::uint16_t from, float& to) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(from) << 16;
+  std::memcpy(&to, &bits, sizeof to);
+}
+
+// Huge pages for the streams of weights; a hint, so failure costs speed only. Pages are chosen when first written.
+void advise_huge_pages(void* start, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
+  const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(start) + HUGE - 1) & ~(HUGE - 1);
+  const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(start) + bytes) & ~(HUGE - 1);
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
+
+template <typename W>
+void pack(const float* weight, isize columns, isize depth, W* panels, int threads) {
+  const isize count = panel_count(columns);
+  advise_huge_pages(panels, count * PANEL * depth * sizeof(W));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (isize panel = 0; panel < count; ++panel) {
+    W* to = panels + panel * depth * PANEL;
+    for (isize k = 0; k < depth; ++k)
+      for (isize c = 0; c < PANEL; ++c) {
+        const isize column = panel * PANEL + c;
+        convert(column < columns ? weight[column * depth + k] : 0.0f, to[k * PANEL + place<W>(c)]);
+      }
+  }
+}
+
+template <typename W>
+void unpack(const W* panels, isize columns, isize depth, float* weight, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (isize column = 0; column < columns; ++column) {
+    const W* from = panels + column / PANEL * depth * PANEL + place<W>(column % PANEL);
+    for (isize k = 0; k < depth; ++k) convert(from[k * PANEL], weight[column * depth + k]);
+  }
+}
+
+}  // namespace
+
+}  // namespace headrace
+
+using namespace headrace;
+
+extern "C" {
+
+const char* headrace_isa(void) { return ISA; }
+
+// Columns per panel: `columns` are padded to a multiple of it.
+std::int64_t headrace_panel(void) { return PANEL; }
+
+// 1 when every value is exactly a bf16, that is, when its low 16 bits are zero.
+int headrace_is_bfloat16(const float* values, std::int64_t count, int threads) {
+  std::uint32_t low = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : low) if (threads > 1)
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    low |= bits & 0xffffu;
+  }
+  return low == 0;
+}
+
+// weight: float[columns, depth], contiguous.
+void headrace_pack(const Matrix* matrix, const float* weight, int threads) {
+  if (matrix->storage == BFLOAT16)
+    pack(weight, matrix->columns, matrix->depth, static_cast<std::uint16_t*>(matrix->panels), threads);
+  else
+    pack(weight, matrix->columns, matrix->depth, static_cast<float*>(matrix->panels), threads);
+}
+
+void headrace_unpack(const Matrix* matrix, float* weight, int threads) {
+  if (matrix->storage == BFLOAT16)
+    unpack(static_cast<const std::uint16_t*>(matrix->panels), matrix->columns, matrix->depth, weight, threads);
+  else
+    unpack(static_cast<const float*>(matrix->panels), matrix->columns, matrix->depth, weight, threads);
+}
+
+// y[rows, columns] = x[rows, depth] @ W^T + bias. Rows of x are `stride` floats apart, those of y contiguous.
+void headrace_matmul(const Matrix* matrix, const float* x, std::int64_t stride, std::int64_t rows, float* y, int threads) {
+  if (matrix->storage == BFLOAT16)
+    multiply<std::uint16_t>(*matrix, x, stride, rows, y, threads);
+  else
+    multiply<float>(*matrix, x, stride, rows, y, threads);
+}
+
+}  // extern "C"
