@@ -27,18 +27,10 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     """
     import torch
 
-    from headrace.engine.engine import Engine
-    from headrace.engine.grammar import GrammarCompiler
-    from headrace.engine.kv import KVSpace
     from headrace.engine.policies import get_policy
-    from headrace.engine.sampling import TorchSampler
-    from headrace.models.budget import kv_slots
-    from headrace.models.linear import choose_linears
     from headrace.models.load import load
-    from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
 
-    policy = get_policy(config.policy)
+    get_policy(config.policy)  # a wrong name shall not cost a load
     torch.set_num_threads(config.threads or available_cores())
     model = load(
         config.model,
@@ -46,22 +38,33 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         progress=progress,
+        max_context=config.max_context,
     )
+    return engine_around(model, config)
+
+
+def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
+    """An engine over a model that is in memory already, warmed up; raises as :func:`build_engine`."""
+    from headrace.engine.engine import Engine
+    from headrace.engine.grammar import GrammarCompiler
+    from headrace.engine.kv import KVSpace
+    from headrace.engine.policies import get_policy
+    from headrace.engine.sampling import TorchSampler
+    from headrace.models.budget import kv_slots
+    from headrace.models.linear import choose_linears
+    from headrace.models.runner import ModelRunner
+    from headrace.models.slots import SlotPool
+
     choose_linears(model, config.linears)
-    context = longest_context(config, model)
+    context = longest_context(config, model.card)
     pool = SlotPool(kv_slots(model, config.kv_gib, context))
     runner = ModelRunner(model, pool, attention=config.attention)
-    card = replace(
-        model.card,
-        name=config.served_name or model.card.name,
-        context=min(context, pool.size),
-        vocab_size=runner.vocab_size,
-    )
+    card = replace(model.card, name=config.served_name or model.card.name, context=min(context, pool.size))
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
     return Engine(
         runner,
         KVSpace(pool, prefix_cache=config.prefix_cache),
-        policy,
+        get_policy(config.policy),
         TorchSampler(),
         card,
         limits=config.limits,
@@ -89,9 +92,8 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
-def longest_context(config: EngineConfig, model: LoadedModel) -> int:
+def longest_context(config: EngineConfig, card: ModelCard) -> int:
     """Longest prompt plus output in tokens: the model's own, or less where the configuration says so."""
-    card: ModelCard = model.card
     if config.max_context is None:
         return card.context
     if config.max_context > card.context:

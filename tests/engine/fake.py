@@ -98,7 +98,7 @@ def engine(
     pool = SlotPool(slots)
     clock = VirtualClock(100.0)
     card = ModelCard("fake", "", context=min(200, slots), vocab_size=VOCAB, stop_ids=(EOS,))
-    built = Engine(
+    return Engine(
         HashRunner(pool, clock, largest=largest),
         KVSpace(pool, prefix_cache=prefix_cache),
         get_policy(policy),
@@ -107,7 +107,6 @@ def engine(
         limits=Limits(**{"max_sequences": 8, "max_step_tokens": 32, "max_prefill_tokens": 64} | limits),
         clock=clock,
     )
-    return built
 
 
 def request(name: str, prompt: list[int], **params: object) -> Request:

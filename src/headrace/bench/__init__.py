@@ -1,0 +1,1 @@
+"""Measurements: each compares systems in one interleaved run and writes rows and claims."""
