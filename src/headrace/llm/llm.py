@@ -130,9 +130,7 @@ class LLM:
                 self._engine.step()  # hands out the aborts, so that the next call starts clean
         return [job.output() for job in jobs]
 
-    def _take(
-        self, delta: SequenceDelta, open_jobs: dict[str, tuple[int, Job]], count: int, bar: tqdm[None]
-    ) -> None:
+    def _take(self, delta: SequenceDelta, open_jobs: dict[str, tuple[int, Job]], count: int, bar: tqdm[None]) -> None:
         """Give a delta to its job, and close the job once it is done."""
         if delta.request_id not in open_jobs:
             return  # the abort that answers a cancel

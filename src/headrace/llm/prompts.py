@@ -34,7 +34,7 @@ def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
     else:
         text, ids = None, prompt
     if ids is not None and not isinstance(ids, str):
-        listed = list(ids) if hasattr(ids, "__iter__") else [None]
+        listed: list[Any] = list(ids) if hasattr(ids, "__iter__") else [None]
         if all(isinstance(i, Integral) and not isinstance(i, bool) for i in listed):
             return text, [int(i) for i in listed]
     elif isinstance(text, str):

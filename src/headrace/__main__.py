@@ -1,0 +1,5 @@
+"""``python -m headrace``: the same as the ``headrace`` program."""
+
+from headrace.cli import main
+
+main()

@@ -1,0 +1,7 @@
+"""``headrace serve``."""
+
+from __future__ import annotations
+
+
+def serve() -> None:
+    """x"""
