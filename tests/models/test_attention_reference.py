@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from attention_cases import Case, brute_force, build, cases, worst
 from hypothesis import given, settings
+from tests.models.attention_cases import Case, brute_force, build, cases, worst
 
 from headrace.core.errors import InvalidRequest
 from headrace.models.attention import BACKENDS, get_backend

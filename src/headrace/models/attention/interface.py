@@ -101,7 +101,7 @@ def get_backend(name: str, device: Any) -> AttentionBackend:
         choices = ", ".join(["auto", *BACKENDS])
         raise InvalidRequest(f"attention is {name!r}: choose one of {choices}", field="attention")
     module, attribute = BACKENDS[name]
-    backend = getattr(importlib.import_module(module), attribute)
+    backend: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
     problem = backend.problem(kind)
     if problem is not None:
         raise InvalidRequest(
