@@ -91,7 +91,7 @@ def claims(rows: Rows) -> dict[str, float]:
     """Ratios of medians between systems, and the engine's own share of a step."""
 
     def median(system: str, batch: int, field: str) -> float:
-        values = [r[field] for r in rows if r["system"] == system and r["batch"] == batch and field in r]
+        values: list[float] = [r[field] for r in rows if r["system"] == system and r["batch"] == batch and field in r]
         return statistics.median(values)
 
     found: dict[str, float] = {}

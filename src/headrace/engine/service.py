@@ -114,7 +114,8 @@ class ProcessService:
 
     def _spawn(self) -> None:
         assert self._loop is not None
-        loop, link_box = self._loop, []
+        loop = self._loop
+        link_box: list[_Link] = []
 
         def receive(message: tuple[Any, ...]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: we are shutting down
