@@ -44,7 +44,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     if method := (raw.get("quantization_config") or {}).get("quant_method"):
         raise UnsupportedModel(
-            f"{folder.name} is quantised with {method}, which is not supported: use the checkpoint it was made from",
+            f"{folder.name} is quantised with {method}, which is not supported: use an unquantised checkpoint of it",
             field="model",
         )
     try:

@@ -44,6 +44,11 @@ _REFUSALS: tuple[tuple[str, str, str], ...] = (
         f"use Llama 3, or {_PLAIN}",
     ),
     (
+        "doge",
+        "its attention mask depends on its values",
+        f"use a model with plain attention, or {_PLAIN}",
+    ),
+    (
         "mllama mllama_text_model",
         "it attends across to image features",
         "use the text-only Llama 3 of the same size",
@@ -83,11 +88,20 @@ def check_supported(config: Any, *, text: Any = None) -> Any:
         _refuse(kind, *_REFUSED["bloom"])
     if getattr(config, "add_cross_attention", False):
         _refuse(kind, "it attends across to an encoder", f"use a decoder-only model, or {_PLAIN}")
+    if hasattr(config, "type_vocab_size") and not getattr(config, "is_decoder", False):
+        _refuse(
+            kind, "it is an encoder, which sees the whole text at once", "use a decoder-only model to generate text"
+        )
     if getattr(config, "use_bidirectional_attention", False):
         _refuse(kind, "its tokens also attend to later ones, so it cannot generate", "use it for embeddings elsewhere")
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if odd:
         _refuse(kind, f"it has layers of type {', '.join(odd)}, and only full and sliding attention run here", _PLAIN)
+    window = getattr(config, "sliding_window", None)
+    if window and window < getattr(config, "max_position_embeddings", window) and kind not in STACKED:
+        _refuse(
+            kind, f"its attention window of {window} tokens is not known to be handed to the attention function", _PLAIN
+        )
     return _causal_class(config)
 
 
@@ -131,33 +145,25 @@ class Anatomy:
     logit_softcap: float | None = None
 
 
-# Model types whose modules follow Llama's names: model.{embed_tokens, layers, norm, rotary_emb} and lm_head.
-_LIKE_LLAMA = frozenset(
-    {
-        "gemma2",
-        "gemma3_text",
-        "gpt_oss",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-    }
+# Model types taken apart by :func:`anatomy`: their modules follow Llama's names, model.{embed_tokens, layers, norm, rotary_emb}
+# and lm_head. Every one is tested against its whole forward; any other supported model runs whole, after a self-check at load.
+_STACKED = (
+    "apertus arcee bitnet cohere cohere2 ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma gemma2 gemma3_text glm "
+    "glm4 glm4_moe gpt_oss granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe llama "
+    "minimax_m2 ministral ministral3 mistral mixtral olmo olmo2 olmo3 phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
+    "seed_oss smollm3 starcoder2 vaultgemma"
 )
+STACKED = frozenset(_STACKED.split())
 
 
 def anatomy(module: Any) -> Anatomy | None:
     """How ``module`` is taken apart, or None for a family outside the table."""
     config = module.config
-    if config.model_type not in _LIKE_LLAMA:
+    if config.model_type not in STACKED:
         return None
     base = module.model
     divide = getattr(config, "logits_scaling", None)
+    scale = getattr(module, "logit_scale", None) if divide is None else 1.0 / divide
     return Anatomy(
         embed=base.embed_tokens,
         layers=base.layers,
@@ -165,7 +171,7 @@ def anatomy(module: Any) -> Anatomy | None:
         head=module.lm_head,
         rotary=base.rotary_emb,
         embed_scale=getattr(base, "embedding_multiplier", None),
-        logit_scale=None if divide is None else 1.0 / divide,
+        logit_scale=scale,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
     )
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 NAME = "headrace"
 
 
+class StepMissing(RuntimeError):
+    """Attention was called without a step: outside a runner, or by a model that keeps keyword arguments from its attention."""
+
+
 @dataclass(slots=True)
 class Step:
     """What one forward pass needs at every attention layer.
@@ -68,7 +72,7 @@ def attention_forward(
         [1, N, Hq, Dv] and no weights.
     """
     if headrace_step is None:
-        raise RuntimeError(
+        raise StepMissing(
             "this model is held by a headrace runner and its attention needs the runner's step: run it through the runner, "
             "or give it back with model.set_attn_implementation('sdpa')"
         )

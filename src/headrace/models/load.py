@@ -14,7 +14,7 @@ import torch
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
-from headrace.models import checkpoint, families, hub, rope
+from headrace.models import checkpoint, families, hub, probe, rope
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,11 +74,11 @@ def load(
     precision = _dtype(dtype, place)
     path = hub.resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     config = checkpoint.read_config(path, trust_remote_code=trust_remote_code)
-    model = families.check_supported(config, text=config.get_text_config(decoder=True))
+    kind = families.check_supported(config, text=config.get_text_config(decoder=True))
     checkpoint.check_tokenizer(path)
-    checkpoint.check_shapes(path, checkpoint.read_shapes(path), model, config)
+    checkpoint.check_shapes(path, checkpoint.read_shapes(path), kind, config)
     with _quiet(progress):
-        module, info = model.from_pretrained(
+        module, info = kind.from_pretrained(
             path,
             config=config,
             dtype=precision,
@@ -100,7 +100,10 @@ def load(
         dtype=str(precision).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
-    return LoadedModel(module, config, path, card, precision, place)
+    model = LoadedModel(module, config, path, card, precision, place)
+    if config.model_type not in families.STACKED:
+        probe.verify(model)
+    return model
 
 
 def stop_ids(path: Path, config: Any) -> tuple[int, ...]:
