@@ -36,13 +36,13 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
             )
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.is_file():
         raise ModelNotFound(f"{name} is a file: give the folder that holds config.json and the weights", field="model")
     if not _could_be_on_hub(name):
         raise ModelNotFound(
-            f"no model folder {name}: check the path, or give a hub name such as Qwen/Qwen3-0.6B, or bundled",
+            f"no model folder {name!r}: check the path, or give a hub name such as Qwen/Qwen3-0.6B, or bundled",
             field="model",
         )
     return _from_hub(name, revision, trust_remote_code)
