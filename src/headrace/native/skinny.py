@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +29,12 @@ class _Matrix(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> Any:
-    library = build.load()
+def _library() -> ctypes.CDLL:
+    return bind(build.load())
+
+
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the C functions of ``skinny.cpp`` in ``library``, and give it back."""
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, result, arguments in (
         ("isa", ctypes.c_char_p, ()),
@@ -67,7 +71,7 @@ class PackedMatrix:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, storage: Storage = "auto") -> None:
-        library = _library()
+        library = self._library = _library()
         if weight.dim() != 2 or weight.dtype is not torch.float32 or weight.device.type != "cpu":
             raise ValueError(
                 f"a packed matrix is float32[N, K] on the CPU, not {weight.dtype} {list(weight.shape)} on {weight.device}"
@@ -103,7 +107,7 @@ class PackedMatrix:
     def unpack(self) -> Tensor:
         """A fresh float32[N, K], bit for bit what was packed."""
         weight = torch.empty(self.columns, self.depth)
-        _library().headrace_unpack(self._address, weight.data_ptr(), torch.get_num_threads())
+        self._library.headrace_unpack(self._address, weight.data_ptr(), torch.get_num_threads())
         return weight
 
     def matmul(self, x: Tensor) -> Tensor:
