@@ -52,8 +52,6 @@ def _settle_longrope(module: Any, *, long: bool, original: int) -> None:
         device = part.inv_freq.device
         length = original + 1 if long else original
         chosen, _ = ROPE_INIT_FUNCTIONS["longrope"](part.config, device, seq_len=length)
-        # The module picks one of these two sets in every forward: with both the same, the pick no longer depends on the batch.
-        part.long_inv_freq = chosen
-        part.original_inv_freq = chosen
         with torch.no_grad():
             part.inv_freq.copy_(chosen)
+        part.rope_type = "default"  # from here on the frequencies above are used whatever the batch
