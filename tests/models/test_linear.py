@@ -7,6 +7,7 @@ import logging
 import weakref
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from tests import tiny
@@ -72,7 +73,7 @@ def test_weights_are_freed_and_a_tied_embedding_stays(caplog: pytest.LogCaptureF
 def test_a_tied_head_is_left_alone_without_room(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(linears.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     model = tiny.build("qwen2")
     use_native_linears(model)
     assert type(model.lm_head) is nn.Linear
