@@ -1,4 +1,4 @@
-"""The command line: ``headrace serve``, ``chat``, ``generate``, ``models`` and ``version``.
+"""The command line: ``headrace serve``, ``chat``, ``generate``, ``models``, ``bench`` and ``version``.
 
 Exit status: 0 done, 2 something about the input (one line says what and how to mend it), 130 interrupted,
 1 a fault of headrace itself. Commands import what they need when they run, so that ``--help`` answers at once.
@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from headrace.cli.bench import bench
 from headrace.cli.chat import chat
 from headrace.cli.generate import generate
 from headrace.cli.models import models
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (serve, chat, generate, models, version):
     app.command(no_args_is_help=False)(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

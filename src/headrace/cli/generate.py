@@ -104,7 +104,7 @@ def _answer(
     shown = sys.stderr.isatty()
     if system is not None and chat is False:
         raise InvalidRequest("--system needs the chat template: leave out --no-chat", field="system")
-    if chat is False or (chat is None and system is None and not llm.tokenizer.has_chat_template):
+    if chat is False or (chat is None and system is None and not llm.tokenizer.hf.chat_template):
         return llm.generate(texts, params, use_tqdm=shown)
     opening = [{"role": "system", "content": system}] if system else []
     return llm.chat([[*opening, {"role": "user", "content": text}] for text in texts], params, use_tqdm=shown)

@@ -59,7 +59,9 @@ class Job:
         for entry in new.logprobs or ():
             self._add_logprobs(answer, entry)
         if new.done:
-            answer.finish_reason, answer.stop_reason = new.finish_reason, new.stop_reason
+            answer.finish_reason = new.finish_reason
+            own_end = isinstance(new.stop_reason, int) and new.stop_reason not in self.request.params.stop_token_ids
+            answer.stop_reason = None if own_end else new.stop_reason
         return new.done and delta.reason is None
 
     def output(self) -> RequestOutput:
@@ -79,7 +81,7 @@ class Job:
         ranked = [(token, value, rank) for rank, (token, value) in enumerate(entry.top, 1)]
         chosen = (entry.token, entry.logprob, entry.rank)
         answer.logprobs.append(
-            {token: Logprob(value, rank, self._tokenizer.decode([token])) for token, value, rank in [*ranked, chosen]}
+            {token: Logprob(value, rank, self._tokenizer.token_text(token)) for token, value, rank in [*ranked, chosen]}
         )
         answer.cumulative_logprob += entry.logprob
 

@@ -1,0 +1,82 @@
+"""``headrace bench``: measurements that compare systems in one run, and a check of stored results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(
+    help="Measure headrace against other systems on this machine.", no_args_is_help=True, context_settings={}
+)
+
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
+]
+
+
+@bench.command()
+def engine(
+    shape: Annotated[str, typer.Option(help="Model shape, with random weights: 125m or 20m.")] = "125m",
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns of every system.")] = 5,
+    new: Annotated[int, typer.Option(min=2, help="Tokens generated per request.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and prompts.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Within 90 seconds: fewer turns, shorter answers.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Decode speed and the engine's own share of a step, against transformers' generate and continuous batching."""
+    from rich.console import Console
+
+    from headrace.bench import engine as engine_bench
+
+    console = Console(stderr=True)
+    setting = engine_bench.EngineBench(
+        shape=shape, repeats=2 if quick else repeats, new=16 if quick else new, threads=threads, seed=seed
+    )
+    with console.status("loading three copies of the model") as status:
+        result = engine_bench.run(setting, report=status.update)
+    path = json_path or Path("results/engine.json")
+    result.write(path)
+    _print_rates(result.rows)
+    console.print(f"written to {path}", style="dim")
+    print(json.dumps(result.claims))
+
+
+@bench.command()
+def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
+    """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
+    from headrace.bench.engine import claims
+    from headrace.bench.results import recheck
+    from headrace.core.errors import InvalidRequest
+
+    different = recheck(file, {"engine": claims})
+    if different:
+        lines = [f"{name}: stated {old}, the rows give {new}" for name, (old, new) in sorted(different.items())]
+        raise InvalidRequest(f"{file}: claims do not follow from the rows: " + "; ".join(lines), field="file")
+    print(f"{file}: every claim follows from the rows")
+
+
+def _print_rates(rows: list[dict[str, object]]) -> None:
+    import statistics
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("batch", "system"):
+        table.add_column(title)
+    for title in ("decode tok/s", "range", "first token ms", "outside forward"):
+        table.add_column(title, justify="right")
+    for batch, system in dict.fromkeys((r["batch"], r["system"]) for r in rows):
+        mine = [r for r in rows if (r["batch"], r["system"]) == (batch, system)]
+        rates = sorted(float(str(r["decode_tok_s"])) for r in mine)
+        first = statistics.median(float(str(r["first_token_ms"])) for r in mine)
+        shares = [float(str(r["outside_forward_share"])) for r in mine if "outside_forward_share" in r]
+        share = f"{statistics.median(shares):.1%}" if shares else ""
+        table.add_row(
+            str(batch), str(system), f"{statistics.median(rates):.1f}", f"{rates[0]:.1f} to {rates[-1]:.1f}", f"{first:.0f}", share
+        )  # fmt: skip
+    Console().print(table)
