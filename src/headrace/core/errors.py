@@ -28,12 +28,14 @@ class HeadraceError(Exception):
             self.code = code
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by keyword, so that errors cross the engine's process boundary whole."""
-        return _rebuild, (type(self), self.message, self.field, self.code)
+        """Pickle with all attributes, so that errors cross the engine's process boundary whole."""
+        return _rebuild, (type(self), dict(self.__dict__))
 
 
-def _rebuild(kind: type[HeadraceError], message: str, field: str | None, code: str) -> HeadraceError:
-    return kind(message, field=field, code=code)
+def _rebuild(kind: type[HeadraceError], attributes: dict[str, object]) -> HeadraceError:
+    error = kind(str(attributes["message"]))
+    error.__dict__.update(attributes)
+    return error
 
 
 class InvalidRequest(HeadraceError):

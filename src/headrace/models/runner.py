@@ -47,7 +47,7 @@ class ModelRunner:
         ]
         self._keys, self._values = planes
         self._forward = forward_of(model.module)
-        self._vocab_size = int(model.module.get_output_embeddings().weight.shape[0])
+        self._vocab_size = model.card.vocab_size
         install(model.module)
 
     @property
