@@ -1,0 +1,163 @@
+"""What chat and text completions have in common: submitting, streaming or collecting, and letting go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from headrace.core.protocols import ModelCard
+from headrace.core.request import Request, SamplingParams
+from headrace.server.errors import json_response
+from headrace.server.feed import Feed, Piece
+from headrace.server.sampling import SLO_HEADER, resolve_slo
+from headrace.server.schemas import GenerationBody
+from headrace.server.serving import Serving
+from headrace.server.stream import EventStream, watch
+
+if TYPE_CHECKING:
+    from headrace.models.tokenizer import Tokenizer
+
+
+class Shape(Protocol):
+    """How an answer is written: as one object, or as the chunks of a stream."""
+
+    def reply(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer."""
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """The events for a piece."""
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last event of a stream, when the client asked for usage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every object of an answer starts with."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    tier: str | None
+
+    def as_dict(self, kind: str) -> dict[str, Any]:
+        """The fields, with ``object`` set to ``kind``."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "service_tier": self.tier,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that has been understood and tokenised."""
+
+    head: Head
+    requests: tuple[Request, ...]
+    tokenizer: Tokenizer
+
+
+def make_job(
+    serving: Serving,
+    http: HttpRequest,
+    body: GenerationBody,
+    *,
+    prefix: str,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+) -> Job:
+    """Turn prompts and parameters into engine requests, with the client's targets, priority and label."""
+    settings = serving.settings
+    name = f"{prefix}-{uuid.uuid4().hex}"
+    slo = resolve_slo(body, http.headers.get(SLO_HEADER), settings.tiers, settings.tier_names())
+    requests = tuple(
+        Request(
+            id=name if len(prompts) == 1 else f"{name}-{number}",
+            prompt=tuple(prompt),
+            params=params,
+            priority=body.priority or 0,
+            slo=slo,
+            tier=body.service_tier,
+            arrival=getattr(http.state, "arrival", 0.0) or time.monotonic(),
+            cache_salt=body.cache_salt or "",
+            owner=getattr(http.state, "owner", ""),
+        )
+        for number, prompt in enumerate(prompts)
+    )
+    head = Head(name, int(time.time()), card.name, serving.fingerprint(), body.service_tier)
+    return Job(head, requests, tokenizer)
+
+
+async def answer(serving: Serving, http: HttpRequest, body: GenerationBody, job: Job, shape: Shape) -> Response:
+    """Submit the job and answer in full or as a stream. The feed is closed whichever way this ends."""
+    feed = Feed(
+        serving.service,
+        job.tokenizer,
+        job.requests,
+        tier=job.head.tier or "none",
+        on_open=serving.opened,
+        on_close=_closer(serving, http),
+    )
+    await feed.open()
+    try:
+        if body.stream:
+            await feed.settle(serving.settings.accept_wait_s)
+            if feed.error is not None:
+                raise feed.error
+            options = body.stream_options
+            return EventStream(
+                feed,
+                shape,
+                include_usage=bool(options and options.include_usage),
+                continuous_usage=bool(options and options.continuous_usage_stats),
+                settings=serving.settings,
+            )
+        return await _collect(feed, http, shape)
+    except BaseException:
+        await feed.close()
+        raise
+
+
+def _closer(serving: Serving, http: HttpRequest) -> Callable[[Feed], None]:
+    endpoint = http.url.path.rsplit("/v1/", 1)[-1].replace("/", "_")
+
+    def close(feed: Feed) -> None:
+        serving.closed(feed)
+        outcome = feed.outcome()
+        serving.metrics.count_outcome(endpoint, outcome)
+        http.state.note = outcome.note(feed.requests[0].id)
+
+    return close
+
+
+async def _collect(feed: Feed, http: HttpRequest, shape: Shape) -> Response:
+    """Wait for the whole answer, or for the client to leave."""
+    watcher = asyncio.create_task(watch(http.receive, feed.abandon))
+    try:
+        while not feed.done:
+            await feed.wait()
+    finally:
+        watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watcher
+        await feed.close()
+    if feed.error is not None:
+        raise feed.error
+    if feed.gone:
+        return Response(status_code=499)  # nobody reads it; the log shows it
+    return json_response(shape.reply(feed.take(), feed.outcome().usage()))

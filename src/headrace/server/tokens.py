@@ -1,0 +1,50 @@
+"""POST /tokenize and /detokenize, as in vLLM."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from headrace.core.errors import InvalidRequest
+from headrace.server.errors import json_response
+from headrace.server.limits import require_json
+from headrace.server.prompts import INLINE_CHARACTERS, chat_prompt
+from headrace.server.replies import DetokenizeReply, TokenizeReply, error_replies
+from headrace.server.schemas import DetokenizeBody, TokenizeBody
+from headrace.server.serving import Server
+
+router = APIRouter(dependencies=[Depends(require_json)])
+
+_ERRORS = error_replies(400, 401, 404, 408, 413, 415, 429, 500, 503)
+
+
+@router.post("/tokenize", response_model=TokenizeReply, responses=_ERRORS)
+async def tokenize(body: TokenizeBody, server: Server) -> Response:
+    """Token ids of a prompt or of a conversation."""
+    card = server.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", field="prompt")
+    tokenizer = await server.tokenizer()
+    if body.messages is not None:
+        tokens = list(await chat_prompt(server, tokenizer, body))
+    else:
+        text, special = body.prompt or "", body.add_special_tokens is not False
+        tokens = await server.in_thread(lambda: list(tokenizer.encode(text, add_special_tokens=special)))
+    texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": card.context, "token_strs": texts})
+
+
+@router.post("/detokenize", response_model=DetokenizeReply, responses=_ERRORS)
+async def detokenize(body: DetokenizeBody, server: Server) -> Response:
+    """Text of token ids."""
+    server.check_model(body.model)
+    tokenizer = await server.tokenizer()
+    if any(token >= tokenizer.vocab_size for token in body.tokens):
+        raise InvalidRequest(f"tokens holds an id outside 0..{tokenizer.vocab_size - 1}", field="tokens")
+    skip = bool(body.skip_special_tokens)
+
+    def decode() -> str:
+        return tokenizer.decode(body.tokens, skip_special_tokens=skip)
+
+    text = decode() if len(body.tokens) <= INLINE_CHARACTERS else await server.in_thread(decode)
+    return json_response({"prompt": text})

@@ -1,0 +1,99 @@
+"""A real server on a loopback port, in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tests.server.fake_service import FakeService, write_byte_tokenizer
+
+from headrace.models.tokenizer import Tokenizer
+from headrace.server import ServerSettings, create_app
+from headrace.server.run import GracefulServer, build_server
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Token ``i`` is byte ``i``."""
+    return Tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+
+
+class Running:
+    """A server that listens; ``service`` is what it serves."""
+
+    def __init__(self, service: Any, tokenizer: Callable[[], Tokenizer], settings: ServerSettings, **more: Any) -> None:
+        self.service = service
+        self.app = create_app(service, tokenizer, settings, **more)
+        listening = threading.Event()
+        self.server: GracefulServer = build_server(self.app, port=0, on_listen=lambda url: listening.set())
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread.start()
+        assert listening.wait(20), "the server did not start"
+        self.url = self.server.url
+
+    @property
+    def serving(self) -> Any:
+        return self.app.state.serving
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30, **options)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+
+    def begin_drain(self) -> None:
+        loop = self.server._loop
+        assert loop is not None
+        loop.call_soon_threadsafe(self.server.begin_drain)
+
+    def join(self, timeout: float) -> bool:
+        """True when the server has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        self.server.should_exit = self.server.force_exit = True
+        assert self.join(10), "the server did not stop"
+
+
+Serve = Callable[..., Running]
+
+
+@pytest.fixture
+def serve(byte_tokenizer: Tokenizer) -> Iterator[Serve]:
+    """Start servers: ``serve(FakeService(...), api_keys=...)``; they stop with the test."""
+    started: list[Running] = []
+
+    def start(service: Any = None, *, tokenizer: Callable[[], Tokenizer] | None = None, **settings: Any) -> Running:
+        running = Running(service or FakeService(), tokenizer or (lambda: byte_tokenizer), ServerSettings(**settings))
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    """Wait until ``condition`` holds."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
+
+
+def gather(*calls: Callable[[], Any]) -> list[Any]:
+    """Run blocking calls side by side."""
+
+    async def run() -> list[Any]:
+        return list(await asyncio.gather(*(asyncio.to_thread(call) for call in calls)))
+
+    return asyncio.run(run())
