@@ -10,7 +10,7 @@ import transformers
 from tests import tiny
 from tests.models.packing import TOLERANCE, feed, scattered, truth
 
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, UnsupportedModel
 from headrace.models import rope
 from headrace.models.runner import ModelRunner
 from headrace.models.slots import SlotPool
@@ -101,3 +101,11 @@ def test_contexts() -> None:
     assert rope.settle(module, 100) == 100
     with pytest.raises(InvalidRequest, match=f"made for {tiny.CONTEXT} tokens"):
         rope.settle(module, tiny.CONTEXT + 1)
+
+
+def test_length_dependent_variants_on_some_layers_are_refused() -> None:
+    module = tiny.build("gemma3")
+    assert rope.settle(module) == tiny.CONTEXT
+    module.config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
+    with pytest.raises(UnsupportedModel, match="full_attention"):
+        rope.settle(module)

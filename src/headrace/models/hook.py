@@ -87,7 +87,7 @@ def attention_forward(
         values,
         step.attention,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window if sliding_window is not None else getattr(module, "sliding_window", None),
+        window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
     )

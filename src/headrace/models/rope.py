@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, UnsupportedModel
 
 
 def settle(module: Any, max_context: int | None = None) -> int:
@@ -24,10 +24,18 @@ def settle(module: Any, max_context: int | None = None) -> int:
 
     Raises:
         InvalidRequest: ``max_context`` is longer than the model's own.
+        UnsupportedModel: layers differ in such a variant.
     """
     config = module.config
     longest = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
     parameters = getattr(config, "rope_parameters", None) or {}
+    for name, part in parameters.items():
+        if isinstance(part, dict) and any(word in str(part.get("rope_type")) for word in ("dynamic", "longrope")):
+            raise UnsupportedModel(
+                f"rotary positions of type {part['rope_type']} on only some layers ({name}) are not supported: "
+                "serve it with plain transformers instead",
+                field="model",
+            )
     kind = str(parameters.get("rope_type", ""))
     original = int(parameters.get("original_max_position_embeddings") or longest)
     if "dynamic" in kind:
