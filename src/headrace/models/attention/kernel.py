@@ -1,0 +1,456 @@
+"""The CPU kernel, compiled by numba: attention of tiles of query rows over slots read in place.
+
+A *tile* is a few consecutive rows of a segment with one K/V head; the rows' query heads that share it are packed, so each key is
+read once for all of them. Keys come in blocks of ``BLOCK`` with an online softmax across blocks. Long key ranges are cut into *parts* of
+``PART`` keys, so that one decode row over a long context keeps several threads busy; whoever finishes the last part of a
+tile merges them in order. How a tile is cut depends on its own segment alone, hence so do its results, to the bit.
+
+All float arithmetic is float32. Masked scores are ``MASKED``, not minus infinity, so that fast-math rules hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+
+BLOCK = 64
+PART = 2048
+PACKED = 64  # packed queries of a tile, at most (a single row may exceed it)
+FEW = 4  # up to this many packed queries keys are read as they lie; above, blocks are transposed first
+MASKED = np.float32(-1e30)
+
+
+_ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
+_LEAST = np.float32(-87.0)
+_LOG2E, _LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
+# Minimax coefficients of (exp(x) - 1 - x) / x**2 on [-ln 2 / 2, ln 2 / 2], from the Cephes library's expf.
+_EXP = tuple(
+    np.float32(c)
+    for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
+
+
+@intrinsic
+def _as_float(typingctx: Any, value: Any) -> Any:
+    """float32 of a stored element: itself, or a bfloat16 given by its bits (uint16)."""
+    stored = isinstance(value, types.Integer)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not stored:
+            return args[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], word), ir.Constant(word, 16)), ir.FloatType())
+
+    return types.float32(types.uint16 if stored else types.float32), generate
+
+
+@intrinsic
+def _power_of_two(typingctx: Any, exponent: Any) -> Any:
+    """2**exponent as float32, for int32 exponents of normal numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        biased = builder.add(args[0], ir.Constant(word, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(word, 23)), ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def _fetch_add(typingctx: Any, pointer: Any, amount: Any) -> Any:
+    """Atomically add to the int64 at ``pointer``; returns what was there."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
+
+    return types.int64(types.CPointer(types.int64), types.int64), generate
+
+
+def _pointer_of(element: Any) -> Any:
+    """An intrinsic that makes an address a pointer to ``element``."""
+
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+_floats, _halves, _ints, _longs = (_pointer_of(t) for t in (types.float32, types.uint16, types.int32, types.int64))
+
+
+@njit(fastmath=True, inline="always")
+def _exp(x: Any) -> Any:
+    """exp of a float32 that is not positive; exactly 0 below -87. Written out so that it vectorises."""
+    y = max(x, _LEAST)
+    k = np.int32(y * _LOG2E - _HALF)
+    r = y - np.float32(k) * _LN2
+    p = _EXP[0] * r + _EXP[1]
+    p = p * r + _EXP[2]
+    p = p * r + _EXP[3]
+    p = p * r + _EXP[4]
+    p = p * r + _EXP[5]
+    e = (p * r * r + r + _ONE) * _power_of_two(k)
+    return e if x > _LEAST else _ZERO
+
+
+@njit(fastmath=True)
+def _scores_few(q: Any, packed: int, k: Any, head: int, at: Any, count: int, scores: Any) -> None:
+    """Scores of a few queries, keys read where they lie, four at a time."""
+    dim = q.shape[1]
+    whole = count // 4 * 4
+    for t in range(0, whole, 4):
+        k0, k1, k2, k3 = k[at[t], head], k[at[t + 1], head], k[at[t + 2], head], k[at[t + 3], head]
+        for m in range(packed):
+            s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+            for d in range(dim):
+                x = q[m, d]
+                s0 += x * _as_float(k0[d])
+                s1 += x * _as_float(k1[d])
+                s2 += x * _as_float(k2[d])
+                s3 += x * _as_float(k3[d])
+            scores[m, t], scores[m, t + 1], scores[m, t + 2], scores[m, t + 3] = s0, s1, s2, s3
+    for t in range(whole, count):
+        row = k[at[t], head]
+        for m in range(packed):
+            s0 = _ZERO
+            for d in range(dim):
+                s0 += q[m, d] * _as_float(row[d])
+            scores[m, t] = s0
+
+
+@njit(fastmath=True)
+def _values_few(weights: Any, packed: int, v: Any, head: int, at: Any, count: int, sums: Any) -> None:
+    """Add the weighted values of a block, read where they lie."""
+    dim = sums.shape[1]
+    whole = count // 4 * 4
+    for t in range(0, whole, 4):
+        v0, v1, v2, v3 = v[at[t], head], v[at[t + 1], head], v[at[t + 2], head], v[at[t + 3], head]
+        for m in range(packed):
+            w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
+            for d in range(dim):
+                sums[m, d] += w0 * _as_float(v0[d]) + w1 * _as_float(v1[d]) + w2 * _as_float(v2[d]) + w3 * _as_float(v3[d])
+    for t in range(whole, count):
+        row = v[at[t], head]
+        for m in range(packed):
+            w0 = weights[m, t]
+            for d in range(dim):
+                sums[m, d] += w0 * _as_float(row[d])
+
+
+@njit(fastmath=True)
+def _scores_many(q: Any, packed: int, k: Any, head: int, at: Any, count: int, turned: Any, scores: Any) -> None:
+    """Scores of many queries: the block of keys is transposed once, then the inner loop runs along keys."""
+    dim = q.shape[1]
+    for t in range(count):
+        row = k[at[t], head]
+        for d in range(dim):
+            turned[d, t] = _as_float(row[d])
+    whole = dim // 4 * 4
+    for m in range(packed):
+        for t in range(BLOCK):
+            scores[m, t] = _ZERO
+        for d in range(0, whole, 4):
+            q0, q1, q2, q3 = q[m, d], q[m, d + 1], q[m, d + 2], q[m, d + 3]
+            for t in range(BLOCK):
+                scores[m, t] += q0 * turned[d, t] + q1 * turned[d + 1, t] + q2 * turned[d + 2, t] + q3 * turned[d + 3, t]
+        for d in range(whole, dim):
+            q0 = q[m, d]
+            for t in range(BLOCK):
+                scores[m, t] += q0 * turned[d, t]
+
+
+@njit(fastmath=True)
+def _values_many(weights: Any, packed: int, v: Any, head: int, at: Any, count: int, copied: Any, sums: Any) -> None:
+    """Add the weighted values of a block for many queries: the block is made contiguous once."""
+    dim = sums.shape[1]
+    for t in range(count):
+        row = v[at[t], head]
+        for d in range(dim):
+            copied[t, d] = _as_float(row[d])
+    whole = count // 4 * 4
+    for m in range(packed):
+        for t in range(0, whole, 4):
+            w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
+            for d in range(dim):
+                sums[m, d] += w0 * copied[t, d] + w1 * copied[t + 1, d] + w2 * copied[t + 2, d] + w3 * copied[t + 3, d]
+        for t in range(whole, count):
+            w0 = weights[m, t]
+            for d in range(dim):
+                sums[m, d] += w0 * copied[t, d]
+
+
+@njit(fastmath=True)
+def _cap(scores: Any, packed: int, count: int, softcap: Any) -> None:
+    """softcap * tanh(scores / softcap), in place."""
+    for m in range(packed):
+        for t in range(count):
+            s = scores[m, t]
+            e = _exp(-_TWO * abs(s) / softcap)
+            s1 = softcap * (_ONE - e) / (_ONE + e)
+            scores[m, t] = s1 if s > _ZERO else -s1
+
+
+@njit(fastmath=True)
+def _soften(scores: Any, packed: int, count: int, top: Any, total: Any, sums: Any) -> None:
+    """Scores to weights under the running maximum; what was summed before is rescaled to it."""
+    for m in range(packed):
+        high = top[m]
+        for t in range(count):
+            high = max(high, scores[m, t])
+        total_now = _ZERO
+        for t in range(count):
+            w = _exp(scores[m, t] - high)
+            scores[m, t] = w
+            total_now += w
+        if high > top[m]:
+            factor = _exp(top[m] - high)
+            total[m] *= factor
+            for d in range(sums.shape[1]):
+                sums[m, d] *= factor
+            top[m] = high
+        total[m] += total_now
+
+
+@njit
+def _hide(
+    scores: Any, group: int, first: int, last: int, key: int, count: int, held: int, start: int, positions: Any, words: Any, window: int
+) -> None:
+    """Mask a block: ``key`` is its first key, rows ``first:last`` and ``start`` count in the batch, ``held`` is the context's length."""
+    width = (len(positions) + 31) // 32
+    for row in range(first - start, last - start):
+        here = positions[row]
+        for t in range(count):
+            own = key + t - held
+            position = key + t if own < 0 else positions[own]
+            seen = here - position < window
+            if own >= 0 and seen:
+                if len(words):
+                    seen = (words[row * width + own // 32] >> (own % 32)) & 1 == 1
+                else:
+                    seen = own <= row
+            if not seen:
+                for g in range(group):
+                    scores[(row - first + start) * group + g, t] = MASKED
+
+
+@njit
+def join_keys(contexts: Any, queries: Any, slots: Any, writes: Any, keys: Any) -> None:
+    """Fill ``keys`` with each segment's context slots followed by its own."""
+    at = 0
+    for s in range(len(queries) - 1):
+        for j in range(contexts[s], contexts[s + 1]):
+            keys[at] = slots[j]
+            at += 1
+        for j in range(queries[s], queries[s + 1]):
+            keys[at] = writes[j]
+            at += 1
+
+
+@njit
+def plan(
+    queries: Any, contexts: Any, masks: Any, positions: Any, group: int, window: int
+) -> Any:  # called once per step for each (group, window) of the model's layers
+    """Cut a batch into tiles and parts.
+
+    Returns:
+        int32[n, 8]: segment, first and last row, first and last key (of context then own rows), number of the part, number of parts, and
+        where in the room for partial sums the tile's first part stands.
+    """
+    rows_most = max(1, PACKED // group)
+    limit = 0
+    for s in range(len(queries) - 1):
+        rows, held = queries[s + 1] - queries[s], contexts[s + 1] - contexts[s]
+        limit += (rows + rows_most - 1) // rows_most + (held + rows) // PART
+    tiles = np.empty((limit, 8), np.int32)
+    count, room = 0, 0
+    for s in range(len(queries) - 1):
+        start, stop, held = queries[s], queries[s + 1], contexts[s + 1] - contexts[s]
+        for first in range(start, stop, rows_most):
+            last = min(first + rows_most, stop)
+            low = positions[first:last].min() - window + 1
+            key = min(max(low, 0), held)
+            if key == held and masks[s] == masks[s + 1]:
+                while positions[start + key - held] < low:
+                    key += 1
+            end = held + last - start
+            parts = (end - key + PART - 1) // PART if stop - start <= rows_most else 1
+            for part in range(parts):
+                upto = min(key + (part + 1) * PART, end) if part + 1 < parts else end
+                tiles[count] = (s, first, last, key + part * PART, upto, part, parts, room)
+                count += 1
+            if parts > 1:
+                room += parts
+    return tiles[:count]
+
+
+@njit
+def _load(q: Any, head: int, group: int, first: int, last: int, scale: Any, packed: Any) -> None:
+    """Pack the scaled queries of a tile: row-major, the group's heads inside."""
+    for row in range(first, last):
+        for g in range(group):
+            for d in range(q.shape[2]):
+                packed[(row - first) * group + g, d] = q[row, head * group + g, d] * scale
+
+
+@njit
+def _part(
+    tile: Any, head: int, group: int, k: Any, v: Any, at_of: Any, held: int, start: int, positions: Any, words: Any,
+    window: int, softcap: Any, q: Any, scores: Any, turned: Any, copied: Any, top: Any, total: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Maximum, weight and weighted values of one part of a tile, left in ``top``, ``total`` and ``sums``."""
+    first, last, key0, key1 = tile[1], tile[2], tile[3], tile[4]
+    packed = (last - first) * group
+    here = positions[first - start : last - start].max()
+    top[:packed], total[:packed], sums[:packed] = MASKED, _ZERO, _ZERO
+    for key in range(key0, key1, BLOCK):
+        count = min(BLOCK, key1 - key)
+        at = at_of[key : key + count]
+        if packed <= FEW:
+            _scores_few(q, packed, k, head, at, count, scores)
+        else:
+            _scores_many(q, packed, k, head, at, count, turned, scores)
+        if softcap > _ZERO:
+            _cap(scores, packed, count, softcap)
+        newest = key + count - held  # own rows before this one are in the block or older
+        hidden = newest > 0 and (len(words) > 0 or newest - 1 > first - start or here - window >= positions[0])
+        if hidden or here - key >= window:
+            _hide(scores, group, first, last, key, count, held, start, positions, words, window)
+        _soften(scores, packed, count, top, total, sums)
+        if packed <= FEW:
+            _values_few(scores, packed, v, head, at, count, sums)
+        else:
+            _values_many(scores, packed, v, head, at, count, copied, sums)
+'''
+''' 
+
+
+@njit(fastmath=True)
+def _merge(parts: Any, packed: int, top: Any, total: Any, sums: Any) -> None:
+    """Merge parts [p, packed, dim + 2] (maximum and weight stand last) into ``top``, ``total`` and ``sums``, in order."""
+    dim = sums.shape[1]
+    for m in range(packed):
+        high = parts[:, m, dim].max()
+        top[m], total[m], sums[m] = high, _ZERO, _ZERO
+        for p in range(len(parts)):
+            factor = _exp(parts[p, m, dim] - high)
+            total[m] += factor * parts[p, m, dim + 1]
+            for d in range(dim):
+                sums[m, d] += factor * parts[p, m, d]
+
+
+@njit(fastmath=True)
+def _store(out: Any, head: int, group: int, first: int, last: int, sinks: Any, top: Any, total: Any, sums: Any) -> None:
+    """Divide by the weights, the sink's among them, and write the rows out."""
+    for row in range(first, last):
+        for g in range(group):
+            m = (row - first) * group + g
+            factor = _ONE / total[m]
+            if len(sinks):
+                high = max(top[m], sinks[head * group + g])
+                scaled = _exp(top[m] - high)
+                factor = scaled / (total[m] * scaled + _exp(sinks[head * group + g] - high))
+            for d in range(sums.shape[1]):
+                out[row, head * group + g, d] = sums[m, d] * factor
+
+
+@njit(nogil=True)
+def _work(
+    counter: Any, q: Any, k: Any, v: Any, out: Any, sinks: Any, positions: Any, queries: Any, contexts: Any, keys: Any,
+    masks: Any, words: Any, tiles: Any, partial: Any, done: Any, window: int, scale: Any, softcap: Any,
+) -> None:  # fmt: skip
+    """Do tasks (tile part, K/V head) until ``counter`` has run through them all."""
+    heads = k.shape[1]
+    group = q.shape[1] // heads
+    size = max(PACKED, group)
+    packed_q, scores = np.empty((size, q.shape[2]), np.float32), np.empty((size, BLOCK), np.float32)
+    turned, copied = np.empty((q.shape[2], BLOCK), np.float32), np.empty((BLOCK, v.shape[2]), np.float32)
+    top, total = np.empty(size, np.float32), np.empty(size, np.float32)
+    sums = np.empty((size, v.shape[2]), np.float32)
+    while True:
+        task = _fetch_add(counter, 1)
+        if task >= len(tiles) * heads:
+            return
+        tile, head = tiles[task // heads], task % heads
+        s, first, last, part, parts, room = tile[0], tile[1], tile[2], tile[5], tile[6], tile[7]
+        start, stop, held = queries[s], queries[s + 1], contexts[s + 1] - contexts[s]
+        packed = (last - first) * group
+        _load(q, head, group, first, last, scale, packed_q)
+        _part(
+            tile, head, group, k, v, keys[contexts[s] + start : contexts[s + 1] + stop], held, start, positions[start:stop],
+            words[masks[s] : masks[s + 1]], window, softcap, packed_q, scores, turned, copied, top, total, sums,
+        )  # fmt: skip
+        if parts > 1:
+            mine = partial[head, room + part]
+            mine[:packed, :-2] = sums[:packed]
+            mine[:packed, -2] = top[:packed]
+            mine[:packed, -1] = total[:packed]
+            if _fetch_add(_longs(done.ctypes.data + 8 * (head * done.shape[1] + room)), 1) < parts - 1:
+                continue
+            done[head, room] = 0
+            _merge(partial[head, room : room + parts], packed, top, total, sums)
+        _store(out, head, group, first, last, sinks, top, total, sums)
+
+
+# The argument block of a worker, int64: addresses, then sizes. Scale and soft cap (0: none) lie at "numbers" as float32.
+ARGUMENTS = {
+    name: at
+    for at, name in enumerate(
+        "counter q k v out sinks positions queries contexts keys masks words tiles partial done numbers "
+        "rows query_heads slots heads dim value_dim segments key_count sink_count word_count tile_count part_count packed window".split()
+    )
+}
+
+
+@njit
+def _start(a: Any, k: Any, v: Any) -> None:
+    """Wrap the arrays of argument block ``a`` and work."""
+    numbers = carray(_floats(a[15]), 2)
+    rows, query_heads, heads, dim, value_dim, segments = a[16], a[17], a[19], a[20], a[21], a[22]
+    _work(
+        _longs(a[0]),
+        carray(_floats(a[1]), (rows, query_heads, dim)),
+        k,
+        v,
+        carray(_floats(a[4]), (rows, query_heads, value_dim)),
+        carray(_floats(a[5]), a[24]),
+        carray(_ints(a[6]), rows),
+        carray(_ints(a[7]), segments + 1),
+        carray(_ints(a[8]), segments + 1),
+        carray(_ints(a[9]), a[23]),
+        carray(_ints(a[10]), segments + 1),
+        carray(_ints(a[11]), a[25]),
+        carray(_ints(a[12]), (a[26], 8)),
+        carray(_floats(a[13]), (heads, a[27], a[28], value_dim + 2)),
+        carray(_longs(a[14]), (heads, a[27])),
+        a[29],
+        numbers[0],
+        numbers[1],
+    )
+
+
+_BLOCK_POINTER = types.void(types.CPointer(types.int64))
+
+
+def compile_worker(storage: str, *, cache: bool) -> Any:
+    """The worker for planes of "float32" or "bfloat16" as a C function of one pointer to an argument block; ``.address`` is its entry."""
+    if storage == "float32":
+
+        def worker(block: Any) -> None:
+            a = carray(block, 30)
+            _start(a, carray(_floats(a[2]), (a[18], a[19], a[20])), carray(_floats(a[3]), (a[18], a[19], a[21])))
+
+    else:
+
+        def worker(block: Any) -> None:
+            a = carray(block, 30)
+            _start(a, carray(_halves(a[2]), (a[18], a[19], a[20])), carray(_halves(a[3]), (a[18], a[19], a[21])))
+
+    return cfunc(_BLOCK_POINTER, cache=cache)(worker)
