@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -329,3 +330,38 @@ def test_loading_restores_transformers_logging(good: Path) -> None:
             load(str(good / "nowhere"), device="cpu")
     finally:
         logging.set_verbosity_warning()
+
+
+def multimodal(kind: str) -> Any:
+    """A tiny random image-and-text model."""
+    import transformers
+
+    towers = {
+        "gemma3": ("Gemma3", "Siglip", {"mm_tokens_per_image": 4}),
+        "llama": ("Llava", "CLIP", {}),
+    }
+    prefix, tower, more = towers[kind]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = getattr(transformers, f"{tower}VisionConfig")(**sizes, image_size=28, patch_size=14)
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=tiny.config(kind).to_dict(), vision_config=vision.to_dict(), **more
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])
+def test_text_part_of_a_multimodal_checkpoint(kind: str, tmp_path: Path) -> None:
+    whole = multimodal(kind)
+    whole.save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path)
+    model = load(str(tmp_path), device="cpu")
+    assert model.config.model_type in families.STACKED
+    assert not any("vision" in name for name, _ in model.module.named_parameters())
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.module(ids).logits, whole(input_ids=ids).logits, atol=1e-5)
+    rewrite(tmp_path / "model.safetensors", lambda t: t.update({"language_model.model.norm.weight": torch.zeros(65)}))
+    with pytest.raises(BrokenCheckpoint, match=r"norm.weight is \[65\]"):
+        load(str(tmp_path), device="cpu")

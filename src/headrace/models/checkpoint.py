@@ -7,6 +7,7 @@ byte range, so that a truncated or foreign file is told apart from a good one wi
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -82,6 +83,20 @@ def read_shapes(folder: Path) -> Shapes:
     for file in weight_files(folder):
         shapes.update(_header(file))
     return shapes
+
+
+def renamed(shapes: Shapes, patterns: Mapping[str, str]) -> Shapes:
+    """``shapes`` under the names that the first matching of ``patterns`` (regular expression -> replacement) gives."""
+    if not patterns:
+        return shapes
+    out: Shapes = {}
+    for name, shape in shapes.items():
+        for pattern, replacement in patterns.items():
+            name, hits = re.subn(pattern, replacement, name)
+            if hits:
+                break
+        out[name] = shape
+    return out
 
 
 def weight_files(folder: Path) -> list[Path]:

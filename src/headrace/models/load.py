@@ -14,7 +14,7 @@ import torch
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
-from headrace.models import checkpoint, families, hub, probe, rope
+from headrace.models import checkpoint, families, hub, probe, rope, support
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,7 +25,7 @@ class LoadedModel:
 
     Attributes:
         module: the ``*ForCausalLM`` in evaluation mode.
-        config: its configuration.
+        config: its configuration; of a multi-modal checkpoint the text part's.
         path: the checkpoint's folder.
         card: what faces need to know.
         dtype: of the weights, and of K and V.
@@ -73,10 +73,11 @@ def load(
     place = _device(device)
     precision = _dtype(dtype, place)
     path = hub.resolve(name, revision=revision, trust_remote_code=trust_remote_code)
-    config = checkpoint.read_config(path, trust_remote_code=trust_remote_code)
-    kind = families.check_supported(config, text=config.get_text_config(decoder=True))
+    whole = checkpoint.read_config(path, trust_remote_code=trust_remote_code)
+    kind, config = support.check_supported(whole)
+    names = {} if config is whole else support.TEXT_KEYS
     checkpoint.check_tokenizer(path)
-    checkpoint.check_shapes(path, checkpoint.read_shapes(path), kind, config)
+    checkpoint.check_shapes(path, checkpoint.renamed(checkpoint.read_shapes(path), names), kind, config)
     with _quiet(progress):
         module, info = kind.from_pretrained(
             path,
@@ -86,6 +87,7 @@ def load(
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported by check_loaded, with the remedy
             output_loading_info=True,
+            **({"key_mapping": names} if names else {}),
         )
     checkpoint.check_loaded(path, info)
     module = module.to(place).eval().requires_grad_(False)
