@@ -102,14 +102,15 @@ class FakeService:
         request = complete_request(request, self.card, Limits(), now=time.monotonic())
         self.seen.append(request)
         self.live[request.id] = request
-        done = False
+        left = set(range(request.params.n))
         try:
             async for delta in self._deltas(request):
+                if delta.reason is not None:
+                    left.discard(delta.index)
                 yield delta
-            done = True
         finally:
             del self.live[request.id]
-            if not done:
+            if left:
                 self.cancelled.append((request.id, None))
 
     async def _deltas(self, request: Request) -> AsyncIterator[SequenceDelta]:

@@ -43,7 +43,9 @@ async def chat_prompt(serving: Serving, tokenizer: Tokenizer, body: ChatBody | T
         )
     generation = body.add_generation_prompt is not False
     size = sum(len(message["content"]) for message in messages)
-    tokens = await _off_loop(serving, size, lambda: tokenizer.chat(messages, add_generation_prompt=generation, **extra))
+    tokens = await off_loop(
+        serving, size, "messages", lambda: tokenizer.chat(messages, add_generation_prompt=generation, **extra)
+    )
     return tuple(tokens)
 
 
@@ -103,7 +105,7 @@ async def completion_prompts(serving: Serving, tokenizer: Tokenizer, body: Compl
         )
     special, echo = body.add_special_tokens is not False, bool(body.echo)
     size = sum(len(item) for item in items)
-    return await _off_loop(serving, size, lambda: [_prompt(tokenizer, item, special, echo) for item in items])
+    return await off_loop(serving, size, "prompt", lambda: [_prompt(tokenizer, item, special, echo) for item in items])
 
 
 def _prompt(tokenizer: Tokenizer, item: str | list[int], special: bool, echo: bool) -> Prompt:
@@ -114,8 +116,13 @@ def _prompt(tokenizer: Tokenizer, item: str | list[int], special: bool, echo: bo
     return Prompt(tuple(item), tokenizer.decode(item) if echo else "")
 
 
-async def _off_loop(serving: Serving, characters: int, work: Callable[[], T]) -> T:
-    return work() if characters <= INLINE_CHARACTERS else await serving.in_thread(work)
+async def off_loop(serving: Serving, characters: int, field: str, work: Callable[[], T]) -> T:
+    """Run ``work`` on ``characters`` of text, in a thread when that is much; errors without a field get ``field``."""
+    try:
+        return work() if characters <= INLINE_CHARACTERS else await serving.in_thread(work)
+    except InvalidRequest as error:
+        error.field = error.field or field
+        raise
 
 
 def fit(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable
 from types import FrameType
 
@@ -44,8 +46,20 @@ class GracefulServer(uvicorn.Server):
         """Start to listen and say where."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._limit_unread()
         if not self.should_exit and self.started and self._on_listen is not None:
             self._on_listen(self.url)
+
+    def _limit_unread(self) -> None:
+        """Have the kernel drop connections whose peer takes no data (Linux): closing alone would wait for it forever."""
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)
+        if option is None:
+            return
+        limit_ms = int(self._serving.settings.write_timeout_s * 1e3)
+        for server in self.servers:
+            for listener in server.sockets:
+                with contextlib.suppress(OSError):  # no TCP
+                    listener.setsockopt(socket.IPPROTO_TCP, option, limit_ms)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler: drain, or end at once when already draining."""

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from headrace.core.errors import InvalidRequest
 from headrace.server.errors import json_response
 from headrace.server.limits import require_json
-from headrace.server.prompts import INLINE_CHARACTERS, chat_prompt
+from headrace.server.prompts import chat_prompt, off_loop
 from headrace.server.replies import DetokenizeReply, TokenizeReply, error_replies
 from headrace.server.schemas import DetokenizeBody, TokenizeBody
 from headrace.server.serving import Server
@@ -29,7 +29,7 @@ async def tokenize(body: TokenizeBody, server: Server) -> Response:
         tokens = list(await chat_prompt(server, tokenizer, body))
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
-        tokens = await server.in_thread(lambda: list(tokenizer.encode(text, add_special_tokens=special)))
+        tokens = await off_loop(server, len(text), "prompt", lambda: tokenizer.encode(text, special))
     texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": card.context, "token_strs": texts})
 
@@ -46,5 +46,4 @@ async def detokenize(body: DetokenizeBody, server: Server) -> Response:
     def decode() -> str:
         return tokenizer.decode(body.tokens, skip_special_tokens=skip)
 
-    text = decode() if len(body.tokens) <= INLINE_CHARACTERS else await server.in_thread(decode)
-    return json_response({"prompt": text})
+    return json_response({"prompt": await off_loop(server, len(body.tokens), "tokens", decode)})
