@@ -10,12 +10,7 @@ import sys
 
 import typer
 
-from headrace.cli.bench import bench
-from headrace.cli.chat import chat
-from headrace.cli.generate import generate
-from headrace.cli.models import models
-from headrace.cli.serve import serve
-from headrace.cli.version import version
+from headrace.cli import bench, chat, generate, models, serve, version
 from headrace.core.errors import HeadraceError
 
 app = typer.Typer(
@@ -26,9 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, generate, models, version):
+for command in (serve.serve, chat.chat, generate.generate, models.models, version.version):
     app.command(no_args_is_help=False)(command)
-app.add_typer(bench, name="bench")
+app.add_typer(bench.bench, name="bench")
 
 
 def main() -> None:

@@ -30,11 +30,9 @@ def chat(
     model: Annotated[str | None, typer.Option(help="Model to ask for; by default the first one served.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key, if the server wants one.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy; the server's own by default.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the server's own by default.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.")] = None,
 ) -> None:
     """Chat with a model over several turns; Ctrl-C stops the answer, /help lists what else can be typed.

@@ -50,6 +50,8 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Generate text without a server: answers go to the output, progress to the error stream."""
+    if system is not None and chat is False:
+        raise InvalidRequest("--system needs the chat template: leave out --no-chat", field="system")
     texts = _read_prompts(prompts or [], file)
     params = SamplingParams(
         n=n,
@@ -102,8 +104,6 @@ def _answer(
     llm: LLM, texts: list[str], params: SamplingParams, chat: bool | None, system: str | None
 ) -> list[RequestOutput]:
     shown = sys.stderr.isatty()
-    if system is not None and chat is False:
-        raise InvalidRequest("--system needs the chat template: leave out --no-chat", field="system")
     if chat is False or (chat is None and system is None and not llm.tokenizer.hf.chat_template):
         return llm.generate(texts, params, use_tqdm=shown)
     opening = [{"role": "system", "content": system}] if system else []

@@ -167,6 +167,8 @@ def is_loopback(host: str) -> bool:
 
 def check_address(host: str, port: int) -> None:
     """Raise :class:`InvalidRequest` when ``host`` is unknown or the port is taken, before a model is loaded for nothing."""
+    if not 0 <= port <= 65535:
+        raise InvalidRequest(f"--port {port}: give a number from 0 (any free port) to 65535", field="port")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

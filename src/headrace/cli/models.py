@@ -65,7 +65,7 @@ class Description:
 
 def local_models() -> list[LocalModel]:
     """The bundled models and the checkpoints in the hub's cache, which no network is asked about."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     from headrace.models.hub import BUNDLED, resolve
@@ -77,7 +77,7 @@ def local_models() -> list[LocalModel]:
         except ModelNotFound:
             continue  # an installation without the bundled pair
     try:
-        cached = sorted(scan_cache_dir().repos, key=lambda repo: repo.repo_id)
+        cached = sorted(scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repo: repo.repo_id)
     except CacheNotFound:
         return found
     for repo in cached:
@@ -112,7 +112,7 @@ def describe(name: str, *, trust_remote_code: bool = False) -> Description:
     Raises:
         HeadraceError: it is not on this machine, or its files are broken.
     """
-    from headrace.models import checkpoint, families
+    from headrace.models import checkpoint, families, support
 
     folder = _on_this_machine(name)
     config = checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
@@ -129,9 +129,9 @@ def describe(name: str, *, trust_remote_code: bool = False) -> Description:
         layers=getattr(text, "num_hidden_layers", 0),
     )
     try:
-        families.check_supported(config, text=text)
+        _, served = support.check_supported(config)
         checkpoint.check_tokenizer(folder)
-        layers, heads, size = families.kv_shape(config)
+        layers, heads, size = families.kv_shape(served)
         described.kv_bytes_per_token = {"float32": 8 * layers * heads * size, "bfloat16": 4 * layers * heads * size}
     except HeadraceError as error:
         described.supported, described.problem = False, error.message
@@ -177,6 +177,8 @@ def _print_description(described: Description) -> None:
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     rows: list[tuple[str, Any]] = [
         ("model", described.name),
         ("folder", described.path),

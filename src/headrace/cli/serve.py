@@ -18,7 +18,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 def serve(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or bundled.")] = "bundled",
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=SERVER)] = 8000,
+    port: Annotated[int, typer.Option(help="0 takes a free one.", rich_help_panel=SERVER)] = 8000,
     served_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", rich_help_panel=SERVER)
     ] = None,
@@ -51,7 +51,7 @@ def serve(
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.", rich_help_panel=SERVER)] = None,
     drain_timeout: Annotated[
         float,
-        typer.Option(min=0, help="Seconds that open requests get after a signal to stop.", rich_help_panel=SERVER),
+        typer.Option(help="Seconds that open requests get after a signal to stop.", rich_help_panel=SERVER),
     ] = 30.0,
     log_level: Annotated[str, typer.Option(help=", ".join(LOG_LEVELS) + ".", rich_help_panel=SERVER)] = "warning",
     dtype: options.DType = "auto",
