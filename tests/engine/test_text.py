@@ -46,7 +46,7 @@ def oracle(tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> tupl
     """Decode ever longer prefixes from scratch; stop at the first that holds a stop string. Text, tokens, stop."""
     before = ""
     for count in range(1, len(ids) + 1):
-        decoder = tokenizer.stream(params.skip_special_tokens)
+        decoder = tokenizer.stream(params.skip_special_tokens, continues=True)
         text = decoder.push(ids[:count]) + (decoder.flush() if count == len(ids) else "")
         if count > params.min_tokens:
             for end in range(len(before) + 1, len(text) + 1):

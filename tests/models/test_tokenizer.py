@@ -109,6 +109,13 @@ def test_valid_characters_before_broken_bytes_are_kept() -> None:
     assert tokenizer.decode([tokenizer.vocabulary[name] for name in names]) == "é" + REPLACEMENT * 2 + " mill"
 
 
+def test_a_continuation_keeps_its_leading_space() -> None:
+    tokenizer = load("byte_fallback")
+    ids = tokenizer.encode("mill")
+    assert tokenizer.decode(ids) == "mill"
+    assert tokenizer.stream(continues=True).push(ids) == " mill"
+
+
 def test_each_layout_takes_the_expected_decoder() -> None:
     for kind in KINDS:
         expected = BytesDecoder if kind.startswith("byte") else WindowDecoder

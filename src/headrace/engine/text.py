@@ -32,8 +32,8 @@ class Decoder(Protocol):
 class Decodes(Protocol):
     """What is needed of a tokenizer."""
 
-    def stream(self, skip_special_tokens: bool = True) -> Decoder:
-        """A decoder for one sequence."""
+    def stream(self, skip_special_tokens: bool = True, *, continues: bool = False) -> Decoder:
+        """A decoder for one sequence, which may continue a prompt."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Decodes, params: SamplingParams) -> None:
         self._params = params
-        self._decoder = tokenizer.stream(params.skip_special_tokens)
+        self._decoder = tokenizer.stream(params.skip_special_tokens, continues=True)
         self._stops = [_StopMatcher(text) for text in params.stop]
         self._text = ""  # decoded but not returned
         self._start = 0  # characters returned so far

@@ -55,12 +55,12 @@ class Pieces(dict[int, bytes]):
 
 
 class BytesDecoder:
-    """Decoder of vocabularies whose tokens stand for fixed bytes; O(1) per token."""
+    """Decoder of vocabularies whose tokens stand for fixed bytes; O(1) per token. ``strip`` is cut from the text's start."""
 
-    def __init__(self, pieces: Pieces, hidden: frozenset[int]) -> None:
+    def __init__(self, pieces: Pieces, hidden: frozenset[int], *, strip: str = "") -> None:
         self._pieces, self._hidden = pieces, hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")(pieces.errors)
-        self._strip = pieces.strip
+        self._strip = strip
 
     @property
     def pending(self) -> bool:

@@ -109,11 +109,16 @@ class Tokenizer:
         decoder = self.stream(skip_special_tokens)
         return decoder.push(ids) + decoder.flush()
 
-    def stream(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        """A decoder for one growing sequence."""
+    def stream(self, skip_special_tokens: bool = True, *, continues: bool = False) -> IncrementalDecoder:
+        """A decoder for one growing sequence.
+
+        Args:
+            skip_special_tokens: leave special tokens out of the text.
+            continues: the text follows a prompt, so a sentencepiece vocabulary's leading space is part of it.
+        """
         hidden = self.special_ids if skip_special_tokens else frozenset()
         if self._pieces is not None:
-            return BytesDecoder(self._pieces, hidden)
+            return BytesDecoder(self._pieces, hidden, strip="" if continues else self._pieces.strip)
         return WindowDecoder(self._decode_whole, hidden)
 
     def _decode_whole(self, ids: list[int]) -> str:
