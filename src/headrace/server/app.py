@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from headrace.core.protocols import Service
-from headrace.server import chat, completions, errors, models, operations, tokens
+from headrace.server import chat, completions, errors, models, openapi, operations, tokens
 from headrace.server.access import Access
 from headrace.server.auth import Authentication
 from headrace.server.limits import BodyLimits
@@ -70,6 +70,7 @@ def create_app(
     errors.install(app)
     for part in (models, chat, completions, tokens, operations):
         app.include_router(part.router)
+    openapi.install(app, needs_key=bool(settings.api_keys), protect_metrics=settings.protect_metrics)
     _add_layers(app, settings, metrics)
     return app
 
