@@ -42,7 +42,7 @@ class CharTokenizer:
             raise InvalidRequest("a message has no content", field="messages")
         return self.encode("".join(f"{m['role']}: {m['content']}" for m in messages))
 
-    def stream(self, skip_special_tokens: bool = True) -> CharDecoder:
+    def stream(self, skip_special_tokens: bool = True, *, continues: bool = False) -> CharDecoder:
         return CharDecoder()
 
     def token_text(self, token: int) -> str:
