@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from headrace.core.errors import BrokenCheckpoint, HeadraceError, InvalidRequest, UnsupportedModel
-from headrace.models import families
-from headrace.models.load import load, stop_ids
+from headrace.models import families, probe
+from headrace.models.load import LoadedModel, load, stop_ids
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +330,38 @@ def test_loading_restores_transformers_logging(good: Path) -> None:
             load(str(good / "nowhere"), device="cpu")
     finally:
         logging.set_verbosity_warning()
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("kind", ["own_llama", "llama"])
+def test_remote_code_runs_only_when_trusted(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trusted code runs, is checked against itself even under a known type's name, and gives the same model."""
+    modules = folder.parent / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (folder / "modeling_own.py").write_text(REMOTE.replace("own_llama", kind))
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit(folder / "config.json", model_type=kind, auto_map=auto)
+    with pytest.raises(UnsupportedModel, match="trust_remote_code"):
+        load(str(folder), device="cpu")
+    assert not modules.exists()
+    checked: list[LoadedModel] = []
+    monkeypatch.setattr(probe, "verify", checked.append)
+    model = load(str(folder), device="cpu", trust_remote_code=True)
+    assert type(model.module).__name__ == "OwnForCausalLM"
+    assert checked == [model]
+    ids = torch.arange(4, 24)[None]
+    assert torch.allclose(model.module(ids).logits, tiny.model("llama")(ids).logits, atol=1e-5)
 
 
 def multimodal(kind: str) -> Any:

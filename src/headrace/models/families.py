@@ -40,9 +40,9 @@ STACKED = frozenset(_STACKED.split())
 
 
 def anatomy(module: Any) -> Anatomy | None:
-    """How ``module`` is taken apart, or None for a family outside the table."""
+    """How ``module`` is taken apart, or None for a family outside the table and for a class that is not transformers' own."""
     config = module.config
-    if config.model_type not in STACKED:
+    if config.model_type not in STACKED or type(module).__module__.partition(".")[0] != "transformers":
         return None
     base = module.model
     divide = getattr(config, "logits_scaling", None)

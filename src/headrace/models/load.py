@@ -74,7 +74,7 @@ def load(
     precision = _dtype(dtype, place)
     path = hub.resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     whole = checkpoint.read_config(path, trust_remote_code=trust_remote_code)
-    kind, config = support.check_supported(whole)
+    kind, config = support.check_supported(whole, str(path) if trust_remote_code else None)
     names = {} if config is whole else support.TEXT_KEYS
     checkpoint.check_tokenizer(path)
     checkpoint.check_shapes(path, checkpoint.renamed(checkpoint.read_shapes(path), names), kind, config)
@@ -103,7 +103,7 @@ def load(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
     model = LoadedModel(module, config, path, card, precision, place)
-    if config.model_type not in families.STACKED:
+    if families.anatomy(module) is None:
         probe.verify(model)
     return model
 

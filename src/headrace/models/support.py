@@ -64,11 +64,12 @@ TEXT_KEYS = {r"^(model\.language_model|language_model\.model)\.": "model.", r"^l
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def check_supported(config: Any) -> tuple[Any, Any]:
+def check_supported(config: Any, remote: str | None = None) -> tuple[Any, Any]:
     """The ``*ForCausalLM`` class that runs a checkpoint, and the configuration to run it with.
 
     Args:
         config: the checkpoint's configuration.
+        remote: folder of the checkpoint when Python code that comes with it may run.
 
     Returns:
         The class and ``config`` itself, or the text part of it where only that part is loaded (its tensors then have to be renamed
@@ -87,7 +88,7 @@ def check_supported(config: Any) -> tuple[Any, Any]:
     if text is not config and not (kind in _TEXT_PARTS and text.model_type in STACKED):
         _refuse(kind, "it is multi-modal, and only text models are served", "use the family's text-only checkpoint")
     _check_attention(text)
-    return _causal_class(text), text
+    return _causal_class(text, remote), text
 
 
 def _check_attention(config: Any) -> None:
@@ -112,15 +113,20 @@ def _check_attention(config: Any) -> None:
         _refuse(kind, f"its attention window of {window} tokens may not reach the attention function", _PLAIN)
 
 
-def _causal_class(config: Any) -> Any:
+def _causal_class(config: Any, remote: str | None) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     kind = config.model_type
-    try:
-        found = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        _refuse(kind, "transformers has no causal language model of this type", "use a text-generation checkpoint")
-    model: Any = found[0] if isinstance(found, Sequence) else found
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if remote is not None and own is not None:
+        model: Any = get_class_from_dynamic_module(own, remote, local_files_only=True)
+    else:
+        try:
+            found = AutoModelForCausalLM._model_mapping[type(config)]
+        except KeyError:
+            _refuse(kind, "transformers has no causal language model of this type", "use a text-generation checkpoint")
+        model = found[0] if isinstance(found, Sequence) else found
     if not getattr(model, "_supports_attention_backend", False):
         _refuse(kind, f"{model.__name__} computes attention itself and not through the attention interface", _PLAIN)
     return model
