@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests import tiny
 
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, OutOfMemory
 from headrace.models import budget
 from headrace.models.runner import ModelRunner
 from headrace.models.slots import SlotPool
@@ -81,3 +81,15 @@ def test_default_holds_at_least_one_context(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_free_memory_of_this_machine_is_plausible() -> None:
     assert 1 << 24 < budget._free_bytes(torch.device("cpu")) < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [(torch.float32, r"4.0 GiB.*float32.*3.0 GiB.*dtype bfloat16"), (torch.bfloat16, "use a smaller model$")],
+)
+def test_weights_that_do_not_fit(dtype: torch.dtype, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_free_bytes", lambda _: 3 * GIB)
+    cpu = torch.device("cpu")
+    budget.check_weights("big", 3 * GIB // dtype.itemsize, dtype, cpu)
+    with pytest.raises(OutOfMemory, match=says):
+        budget.check_weights("big", 4 * GIB // dtype.itemsize, dtype, cpu)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
-from headrace.core.errors import BrokenCheckpoint, HeadraceError, InvalidRequest, UnsupportedModel
+from headrace.core.errors import BrokenCheckpoint, HeadraceError, InvalidRequest, OutOfMemory, UnsupportedModel
 from headrace.models import families, probe
 from headrace.models.load import LoadedModel, load, stop_ids
 
@@ -120,6 +120,12 @@ def test_absent_gpu_is_named(good: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InvalidRequest, match="sees 0 CUDA devices"):
         load(str(good), device="cuda:0")
+
+
+def test_too_big_is_said_before_loading(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.models.budget._free_bytes", lambda _: 1000)
+    with pytest.raises(OutOfMemory, match="for its weights in bfloat16"):
+        load(str(good), device="cpu", dtype="bfloat16")
 
 
 def truncate(folder: Path) -> None:

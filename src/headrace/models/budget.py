@@ -1,4 +1,4 @@
-"""How many slots of K and V fit the memory."""
+"""What fits the memory: weights, and how many slots of K and V beside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headrace.core.errors import InvalidRequest
+from headrace.core.errors import InvalidRequest, OutOfMemory
 from headrace.models.families import kv_shape
 
 if TYPE_CHECKING:
@@ -16,6 +16,21 @@ GIB = 1 << 30
 # Shares of the memory that is free once the model is loaded. A CPU's memory belongs to other programs too, so there is a ceiling.
 CPU_SHARE, CPU_CEILING_GIB = 0.25, 4.0
 GPU_SHARE = 0.85
+
+
+def check_weights(name: str, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise :class:`OutOfMemory` when ``parameters`` numbers of ``dtype`` exceed the free memory of ``device``."""
+    needed, free = parameters * dtype.itemsize, _free_bytes(device)
+    if needed > free:
+        kind = str(dtype).removeprefix("torch.")
+        smaller = (
+            "a smaller model or one at half the precision (dtype bfloat16)" if dtype.itemsize > 2 else "a smaller model"
+        )
+        raise OutOfMemory(
+            f"{name} needs {needed / GIB:.1f} GiB for its weights in {kind}, but {free / GIB:.1f} GiB are free on {device}: "
+            f"use {smaller}",
+            field="model",
+        )
 
 
 def slot_bytes(model: LoadedModel) -> int:

@@ -161,18 +161,22 @@ def _header(file: Path) -> Shapes:
     return shapes
 
 
-def check_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: Any, config: Any) -> None:
-    """Compare the headers' shapes with those the configuration asks for, on the meta device.
+def parameter_shapes(model: Any, config: Any) -> Shapes:
+    """Shape of every parameter that ``model`` (a class) has under ``config``, tied ones once; nothing is allocated."""
+    import torch
+
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in model(config).named_parameters()}
+
+
+def check_shapes(folder: Path, shapes: Shapes, wanted: Shapes) -> None:
+    """Compare the headers' ``shapes`` with those the configuration asks for.
 
     Tensors whose names differ from the module's (renamed or merged while loading) are left to :func:`check_loaded`.
 
     Raises:
         BrokenCheckpoint: naming the first tensors that differ.
     """
-    import torch
-
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in model(config).state_dict().items()}
     wrong = [
         f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
-from headrace.models import checkpoint, families, hub, probe, rope, support
+from headrace.models import budget, checkpoint, families, hub, probe, rope, support
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,6 +70,7 @@ def load(
         BrokenCheckpoint: its files are missing, truncated, misshapen or unsafe.
         UnsupportedModel: its architecture does not run here.
         InvalidRequest: an unknown dtype or device.
+        OutOfMemory: its weights do not fit the device.
     """
     place = _device(device)
     precision = _dtype(dtype, place)
@@ -77,7 +79,9 @@ def load(
     kind, config = support.check_supported(whole, str(path) if trust_remote_code else None)
     names = {} if config is whole else support.TEXT_KEYS
     checkpoint.check_tokenizer(path)
-    checkpoint.check_shapes(path, checkpoint.renamed(checkpoint.read_shapes(path), names), kind, config)
+    wanted = checkpoint.parameter_shapes(kind, config)
+    checkpoint.check_shapes(path, checkpoint.renamed(checkpoint.read_shapes(path), names), wanted)
+    budget.check_weights(name, sum(map(math.prod, wanted.values())), precision, place)
     with _quiet(progress):
         module, info = kind.from_pretrained(
             path,
