@@ -148,6 +148,11 @@ class Launch:
         )
 
 
+def _import_tokenizers() -> None:
+    """Take the seconds that importing transformers costs while the engine's process loads the model."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+
 def is_local(name: str) -> bool:
     """True when ``name`` can only mean the bundled pair or a folder here, so that no network is needed to know it."""
     from pathlib import Path

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests import tiny
+
+from headrace.cli.launch import check_address, is_local, is_loopback
+from headrace.cli.serve import api_keys, parse_tier
+from headrace.core.errors import InvalidRequest
+from headrace.core.request import SLO
+
+
+def test_keys_come_from_options_and_a_file_with_or_without_labels(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# who may come in\nalice  s3cret\n\nbare\n")
+    assert api_keys(["given"], file) == (("key-1", "given"), ("alice", "s3cret"), ("key-3", "bare"))
+    assert api_keys([], None) == ()
+    file.write_text("a b c\n")
+    with pytest.raises(InvalidRequest, match="LABEL KEY"):
+        api_keys([], file)
+
+
+def test_a_key_is_not_shown_in_the_error_about_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alice s3cret oops\n")
+    with pytest.raises(InvalidRequest) as error:
+        api_keys([], file)
+    assert "s3cret" not in error.value.message
+
+
+def test_tiers() -> None:
+    assert parse_tier("fast:ttft_ms=300,tpot_ms=40") == ("fast", SLO(300.0, 40.0))
+    assert parse_tier("slow:tpot_ms=2e3") == ("slow", SLO(None, 2000.0))
+    for bad in ("fast", "fast:", ":ttft_ms=1", "fast:ttft=1", "fast:ttft_ms=soon", "fast:ttft_ms=-1", "fast:ttft_ms"):
+        with pytest.raises(InvalidRequest):
+            parse_tier(bad)
+
+
+def test_what_is_known_to_be_on_this_machine(tmp_path: Path) -> None:
+    assert is_local("bundled")
+    assert is_local(str(tmp_path))
+    assert is_local("./nowhere")
+    assert not is_local("Qwen/Qwen3-0.6B")
+
+
+def test_loopback() -> None:
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.1", "example.org"))
+
+
+def test_a_taken_port_is_refused_before_anything_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InvalidRequest, match="--port"):
+            check_address("127.0.0.1", taken.getsockname()[1])
+    check_address("127.0.0.1", 0)
+
+
+class Program:
+    """``headrace serve`` as a child, with what it wrote to its error stream."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "headrace", "serve", "--port", "0", "--threads", "1", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.text = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.text += line
+
+    def expect(self, pattern: str, seconds: float = 120) -> re.Match[str]:
+        end = time.monotonic() + seconds
+        while (found := re.search(pattern, self.text)) is None:
+            assert time.monotonic() < end, f"{pattern!r} did not come in {self.text!r}"
+            time.sleep(0.05)
+        return found
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint("llama", tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Program]:
+    program = Program(str(folder), "--served-name", "tiny", "--api-key", "s3cret", "--tier", "fast:tpot_ms=1e6")
+    yield program
+    program.stop()
+
+
+def test_it_listens_while_the_model_loads_and_tells_when_it_is_ready(server: Program) -> None:
+    url = server.expect(r"listens at (\S+)")[1]
+    assert httpx.get(f"{url}/health").status_code == 503
+    server.expect(r"ready: tiny at ")
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "chunked policy, 1 threads" in server.text
+    assert "warning" not in server.text
+
+
+def test_the_example_it_prints_works(server: Program) -> None:
+    found = server.expect(r"try +curl (\S+) .*-d '(.*)'\n")
+    url, body = found[1], json.loads(found[2])
+    assert httpx.post(url, json=body).status_code == 401
+    answer = httpx.post(
+        url,
+        json=body | {"max_tokens": 4, "service_tier": "fast"},
+        headers={"authorization": "Bearer s3cret"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] <= 4
+    assert answer.json()["usage"]["slo"]["met"] is True
+
+
+def test_the_other_commands_talk_to_it(server: Program) -> None:
+    url = server.expect(r"headrace chat --url (\S+)")[1]
+    command = [sys.executable, "-m", "headrace", "chat", "--url", url, "--max-tokens", "3", "--api-key", "s3cret"]
+    done = subprocess.run(command, input="hi\n", capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n")
+
+
+def test_a_signal_ends_it_and_its_engine(server: Program) -> None:
+    server.expect("ready: ")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(server.process.pid, 0)  # nobody is left of the session it led
+    assert "Traceback" not in server.text
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_with_status_2(tmp_path: Path) -> None:
+    broken = tiny.checkpoint("llama", tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    program = Program(str(broken), "--host", "0.0.0.0")
+    assert program.process.wait(120) == 2
+    program.expect("truncated", 5)
+    assert "warning: 0.0.0.0 can be reached" in program.text  # no key was given
+    assert "Traceback" not in program.text
+    assert "ready" not in program.text
