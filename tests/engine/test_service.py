@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 
+import psutil
 import pytest
 from tests.engine.fake import answer, engine, request
 
@@ -203,6 +207,56 @@ def test_drain_lets_open_requests_end_and_refuses_new_ones() -> None:
             service.submit(request("b", [1]))
 
     run(body)
+
+
+def test_signals_to_the_whole_group_leave_the_engine_to_the_server() -> None:
+    """A service manager signals every process: the engine goes on until the server has drained."""
+
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        job = request("a", [1, 2], max_tokens=100, ignore_eos=True)
+        task = asyncio.create_task(collect(service, job))
+        await asyncio.sleep(0.05)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(service.pid, number)
+        assert [t for d in (await task)[0] for t in d.tokens] == answer(job)
+
+    run(body)
+
+
+SERVER = """
+import asyncio
+from headrace.engine.service import ProcessService
+from tests.engine.test_service import serve
+
+async def main():
+    service = ProcessService(serve)
+    await service.start()
+    await service.ready(30)
+    print(service.pid, flush=True)
+    await asyncio.sleep(60)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_the_engine_ends_when_its_server_is_killed(tmp_path: Path) -> None:
+    """Nobody is left to tell it: the pipe's end is enough, and no engine stays behind."""
+    script = tmp_path / "server.py"
+    script.write_text(SERVER)
+    root = Path(__file__).parents[2]
+    server = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert server.stdout is not None
+    engine_pid = int(server.stdout.readline())
+    server.kill()
+    server.wait()
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(engine_pid) and psutil.Process(engine_pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the engine outlived its server"
+        time.sleep(0.05)
 
 
 def test_seeds_are_drawn_when_none_is_given() -> None:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-Ids = NDArray[np.intp]
 
 _BLOCK = 256
 _SMALLEST = np.finfo(np.float32).smallest_subnormal
@@ -60,20 +59,14 @@ def draw(padded: Floats, u: float) -> int:
     return block * _BLOCK + _first_above(inside, target)
 
 
-def draw_among(ids: Ids, weights: Floats, u: float) -> int:
-    """:func:`draw` over candidates: ``ids`` ascending with positive ``weights``."""
-    ends = np.cumsum(weights, dtype=np.float64)
-    return int(ids[_first_above(ends, u * ends[-1])])
-
-
 def _first_above(ends: Doubles, target: float) -> int:
     """Index of the first entry above ``target``; rounding between two sums can leave none, which means the last rise."""
     at = int(ends.searchsorted(target, side="right"))
     return at if at < len(ends) else int(ends.searchsorted(ends[-1], side="left"))
 
 
-def truncate(weights: Floats, top_k: int, top_p: float, min_p: float) -> tuple[Ids, Floats]:
-    """The candidates that min-p, top-k and top-p leave, applied in this order.
+def truncate(weights: Floats, top_k: int, top_p: float, min_p: float) -> None:
+    """Set the weights that min-p, top-k and top-p remove (applied in this order) to zero, in place.
 
     Top-p keeps the fewest best candidates that hold at least ``top_p`` of the mass the two filters before it left.
 
@@ -82,37 +75,66 @@ def truncate(weights: Floats, top_k: int, top_p: float, min_p: float) -> tuple[I
         top_k: candidates to keep; 0 or -1 keeps all.
         top_p: mass to keep, in (0, 1].
         min_p: least weight as a share of the best.
-
-    Returns:
-        (ids ascending, their weights), all weights positive.
     """
     size = len(weights)
     floor = max(np.float32(min_p), _SMALLEST)
-    limited = 0 < top_k < size
-    if limited:
-        floor = max(floor, np.partition(weights, size - top_k)[size - top_k])
-    total = None
-    if top_p < 1.0 and not limited and min_p == 0.0:
-        # Ids at or below this weight hold at most 1 - top_p of the mass together: none is in the nucleus.
+    if 0 < top_k < size:
+        best = np.partition(weights, size - top_k)[size - top_k :]
+        best = best[best >= floor]
+        count = len(best)
+        if top_p < 1.0:
+            best.sort()
+            count -= _tail(best, float(best.sum(dtype=np.float64)), top_p)
+            _keep(weights, best[len(best) - count], count)
+        else:
+            _keep(weights, best.min(), count)
+    elif top_p < 1.0:
+        ordered, total = _candidates(weights, floor, top_p, min_p)
+        count = len(ordered) - _tail(ordered, total, top_p)
+        _keep(weights, ordered[len(ordered) - count], count)
+    else:
+        np.copyto(weights, 0.0, where=weights < floor)
+
+
+def _candidates(weights: Floats, floor: np.float32, top_p: float, min_p: float) -> tuple[Floats, float]:
+    """The weights among which top-p's border lies, ascending, and the mass it is a share of.
+
+    Ids with at most ``(1 - top_p) / V`` of the mass hold at most ``1 - top_p`` of it together, so none is in the nucleus:
+    usually few of a large vocabulary remain to be sorted.
+    """
+    if min_p > 0.0:
+        ordered = weights[weights >= floor]
+        total = float(ordered.sum(dtype=np.float64))
+    else:
         total = float(weights.sum(dtype=np.float64))
-        floor = max(floor, np.float32(total * (1.0 - top_p) / size * (1.0 - 1e-6)))
-    ids = np.flatnonzero(weights >= floor)
-    kept = weights[ids]
-    if limited and len(ids) > top_k:
-        ids, kept = _best(ids, kept, np.sort(kept)[::-1], top_k)
-    if top_p < 1.0:
-        ordered = np.sort(kept)[::-1]
-        mass = np.cumsum(ordered, dtype=np.float64)
-        needed = int(mass.searchsorted(top_p * (mass[-1] if total is None else total))) + 1
-        ids, kept = _best(ids, kept, ordered, needed)
-    return ids, kept
+        above = weights >= max(floor, np.float32(total * (1.0 - top_p) / len(weights) * (1.0 - 1e-6)))
+        ordered = weights.copy() if 2 * int(np.count_nonzero(above)) > len(weights) else weights[above]
+    ordered.sort()
+    return ordered, total
 
 
-def _best(ids: Ids, weights: Floats, ordered: Floats, count: int) -> tuple[Ids, Floats]:
-    """The ``count`` best of ``ids``, still ascending; ``ordered`` holds ``weights`` best first."""
-    if count >= len(ids):
-        return ids, weights
-    last = ordered[count - 1]
-    keep = weights > last
-    keep[np.flatnonzero(weights == last)[: count - int(keep.sum())]] = True
-    return ids[keep], weights[keep]
+def _tail(ordered: Floats, total: float, top_p: float) -> int:
+    """How many of the smallest candidates lie outside the nucleus.
+
+    Args:
+        ordered: float32[c] ascending, c > 0; what is missing from it below belongs to the tail too.
+        total: the mass of all candidates, the missing ones included.
+        top_p: share to keep.
+    """
+    spare = total * (1.0 - top_p) - (total - float(ordered.sum(dtype=np.float64)))
+    whole = len(ordered) // _BLOCK * _BLOCK
+    ends = np.cumsum(ordered[:whole].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64))
+    block = int(ends.searchsorted(spare, side="right"))
+    inside = np.cumsum(ordered[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    if block:
+        inside += ends[block - 1]
+    tail = block * _BLOCK + int(inside.searchsorted(spare, side="right"))
+    return min(tail, len(ordered) - 1)
+
+
+def _keep(weights: Floats, last: np.float32, count: int) -> None:
+    """Zero all but the ``count`` best weights, the smallest of which is ``last``, in place."""
+    np.copyto(weights, 0.0, where=weights < last)
+    surplus = int(np.count_nonzero(weights)) - count
+    if surplus > 0:
+        weights[np.flatnonzero(weights == last)[-surplus:]] = 0.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.core.outputs import TokenLogprobs
-from headrace.engine.distribution import Floats, Ids
+from headrace.engine.distribution import Floats
 
 
 def token_logprobs(row: Floats, token: int, count: int) -> TokenLogprobs:
@@ -28,7 +29,7 @@ def token_logprobs(row: Floats, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(chosen) - norm, 1 + int(np.count_nonzero(row > chosen)), top)
 
 
-def best(row: Floats, count: int) -> Ids:
+def best(row: Floats, count: int) -> NDArray[np.intp]:
     """Ids of the ``count`` largest entries, largest first, equal ones by ascending id."""
     size = len(row)
     count = min(count, size)

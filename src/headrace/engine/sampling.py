@@ -147,11 +147,9 @@ class TorchSampler:
             return best
         weights, padded = self._scratch.take(len(row))
         distribution.softmax_weights(row, peak, params.temperature, weights)
-        u = uniform(draw.seed, draw.index)
-        if params.top_p >= 1.0 and params.top_k <= 0 and params.min_p == 0.0:
-            return distribution.draw(padded, u)
-        ids, kept = distribution.truncate(weights, params.top_k, params.top_p, params.min_p)
-        return distribution.draw_among(ids, kept, u)
+        if params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0:
+            distribution.truncate(weights, params.top_k, params.top_p, params.min_p)
+        return distribution.draw(padded, uniform(draw.seed, draw.index))
 
 
 def is_plain_greedy(draw: Draw) -> bool:

@@ -7,6 +7,7 @@ Messages from it: ``("ready", ModelCard, Limits)``, ``("failed", HeadraceError)`
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,20 +20,20 @@ from headrace.engine.engine import Engine
 
 def run_worker(connection: Connection, build: Callable[[], Engine]) -> None:
     """Build an engine, say so, and serve until told to close or until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server drains and closes us
-    try:
-        engine = build()
-    except HeadraceError as error:
-        connection.send(("failed", error))
-        return
-    connection.send(("ready", engine.card, engine.limits))
-    try:
+    # Ctrl-C and a service manager's SIGTERM reach the whole group; the server drains its requests and then closes us.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the server is gone: there is nobody left to serve
+        try:
+            engine = build()
+        except HeadraceError as error:
+            connection.send(("failed", error))
+            return
+        connection.send(("ready", engine.card, engine.limits))
         while _take_messages(connection, engine):
             deltas = engine.step()
             if deltas:
                 connection.send(("deltas", deltas))
-    except (EOFError, BrokenPipeError):
-        engine.close()
 
 
 def _take_messages(connection: Connection, engine: Engine) -> bool:
