@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tests.server.fake_service import FakeService, write_byte_tokenizer
 
+from headrace.compose import build_service
+from headrace.core.config import EngineConfig
 from headrace.models.tokenizer import Tokenizer
 from headrace.server import ServerSettings, create_app
 from headrace.server.run import GracefulServer, build_server
@@ -62,8 +66,41 @@ class Running:
         self.server.should_exit = True
         assert self.join(10), "the server did not stop"
 
+    def ready(self, timeout_s: float = 120.0) -> Running:
+        """Wait until requests are served."""
+        assert eventually(lambda: self.http().get("/health").status_code == 200, timeout_s), "the model did not load"
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics: ``name{label=value,...}`` -> value."""
+        found = {}
+        for family in text_string_to_metric_families(self.http().get("/metrics").text):
+            for sample in family.samples:
+                labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return found
+
 
 Serve = Callable[..., Running]
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[Running]:
+    """The bundled model behind a real engine in its own process."""
+    service = build_service(EngineConfig(threads=1, max_context=1024))
+
+    @contextlib.asynccontextmanager
+    async def background() -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    settings = ServerSettings(drain_timeout_s=5)
+    running = Running(service, lambda: Tokenizer(service.card.path), settings, background=background)
+    yield running.ready()
+    running.stop()
 
 
 @pytest.fixture

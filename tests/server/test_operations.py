@@ -6,8 +6,7 @@ import re
 import threading
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from tests.server.conftest import Running, Serve, eventually, gather
+from tests.server.conftest import Serve, eventually, gather
 from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.errors import EngineUnavailable, HeadraceError
@@ -16,17 +15,6 @@ from headrace.server.replies import HealthReply
 from headrace.version import __version__
 
 HELLO = [{"role": "user", "content": "abc"}]
-
-
-def samples(running: Running) -> dict[str, float]:
-    """Metric with labels -> value."""
-    text = running.http().get("/metrics").text
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-    return found
 
 
 def test_health_follows_the_service(serve: Serve) -> None:
@@ -87,7 +75,7 @@ def test_counts(serve: Serve) -> None:
     client.completions.create(model=MODEL, prompt="abcdef", max_tokens=3)
     running.http().get("/v1/nothing")
     running.http().post("/v1/completions", json={})
-    found = samples(running)
+    found = running.metrics()
     assert found["headrace_http_requests_total{endpoint=/v1/chat/completions,method=POST,status=200}"] == 2
     assert found["headrace_http_requests_total{endpoint=/v1/completions,method=POST,status=200}"] == 1
     assert found["headrace_http_requests_total{endpoint=/v1/completions,method=POST,status=400}"] == 1
@@ -111,13 +99,13 @@ def test_open_and_cancelled_requests(serve: Serve) -> None:
     service = FakeService(say=lambda request, index: b"x" * 1000, delay_s=0.01)
     running = serve(service)
     with running.http().stream("POST", "/v1/completions", json={"prompt": "abcd", "max_tokens": 1000, "stream": True}):
-        found = samples(running)
+        found = running.metrics()
         assert found["headrace_open_requests"] == 1
         assert found["headrace_running_sequences"] == 1
         assert found["headrace_slots_used"] == 4
     name = "headrace_sequences_finished_total{endpoint=completions,finish_reason=cancelled}"
-    assert eventually(lambda: samples(running).get(name) == 1)
-    found = samples(running)
+    assert eventually(lambda: running.metrics().get(name) == 1)
+    found = running.metrics()
     assert found["headrace_open_requests"] == found["headrace_slots_used"] == 0
 
 
@@ -140,7 +128,7 @@ def test_metrics_while_the_engine_is_away(serve: Serve) -> None:
         raise EngineUnavailable("gone")
 
     service.stats = stats  # type: ignore[method-assign]
-    assert samples(serve(service))["headrace_state{headrace_state=failed}"] == 1
+    assert serve(service).metrics()["headrace_state{headrace_state=failed}"] == 1
 
 
 def test_formats(serve: Serve) -> None:
@@ -154,8 +142,8 @@ def test_formats(serve: Serve) -> None:
 def test_two_servers_count_apart(serve: Serve) -> None:
     one, two = serve(), serve()
     one.http().post("/v1/completions", json={"prompt": "abc"})
-    assert samples(one)["headrace_prompt_tokens_total"] == 3
-    assert samples(two)["headrace_prompt_tokens_total"] == 0
+    assert one.metrics()["headrace_prompt_tokens_total"] == 3
+    assert two.metrics()["headrace_prompt_tokens_total"] == 0
 
 
 def test_access_log(serve: Serve, caplog) -> None:
