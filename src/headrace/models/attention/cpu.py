@@ -12,37 +12,41 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.core.batch import Batch
-from headrace.models.attention import team
-from headrace.models.attention.interface import AttentionBackend, AttentionStep
+from headrace.models.attention import team, tiles
+from headrace.models.attention.interface import AttentionBackend, AttentionStep, check_window
 from headrace.models.attention.reference import ReferenceAttention, ReferenceStep
+from headrace.models.attention.tiles import NO_WINDOW, PACKED
 
 # Multiply-adds below which waking other threads costs more than it saves.
 SERIAL = 1 << 18
-NO_WINDOW = 1 << 30
 STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(slots=True)
-class _Tiles:
-    """The work of a step for one head group and window."""
+class _Cut:
+    """The work of a step for one head group and window (see ``tiles.plan``)."""
 
     tiles: NDArray[np.int32]
+    window: int
     pairs: int  # (row, key) pairs
     parts: int  # room for partial sums
 
 
 @dataclass(slots=True)
 class NumbaStep(AttentionStep):
-    """Key slots per segment, tiles per (head group, window), and what the fallback needs, made when it is needed."""
+    """Key slots per segment, cuts per (head group, window), and what the fallback needs, made when it is needed."""
 
     keys: NDArray[np.int32]
     device: torch.device
-    tiles: dict[tuple[int, int], _Tiles] = field(default_factory=dict)
+    cuts: dict[tuple[int, int | None], _Cut] = field(default_factory=dict)
     fallback: ReferenceStep | None = None
 
 
 class NumbaAttention(AttentionBackend):
-    """The CPU's fast path for float32 and bfloat16 planes; float16 ones go to the reference."""
+    """The CPU's fast path for float32 and bfloat16 planes; float16 ones go to the reference.
+
+    An instance keeps its scratch memory between calls, so it belongs to one thread at a time.
+    """
 
     name: ClassVar[str] = "numba"
 
@@ -63,9 +67,9 @@ class NumbaAttention(AttentionBackend):
         return None
 
     def prepare(self, batch: Batch, device: torch.device) -> NumbaStep:
-        contexts, queries = batch.context_starts, batch.query_starts
         keys = np.empty(len(batch.context_slots) + len(batch.write_slots), np.int32)
-        _kernel().join_keys(contexts, queries, batch.context_slots, batch.write_slots, keys)
+        starts = batch.context_starts, batch.query_starts
+        _compiled("join_keys")(*starts, batch.context_slots, batch.write_slots, keys)
         return NumbaStep(batch, keys, device)
 
     def attend(
@@ -90,12 +94,12 @@ class NumbaAttention(AttentionBackend):
         queries = q.detach().to(torch.float32).contiguous()
         out = torch.empty(q.shape[0], q.shape[1], v_plane.shape[2])
         extra = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
-        work = _tiles(step, q.shape[1] // k_plane.shape[1], NO_WINDOW if window is None else window)
+        cut = _cut(step, q.shape[1] // k_plane.shape[1], window)
         self._numbers[:] = scale, softcap or 0.0
-        self._fill(queries, k_plane, v_plane, out, extra, step, work, window)
-        pairs = work.pairs * q.shape[1] * q.shape[2]
-        threads = 1 if pairs < SERIAL else min(torch.get_num_threads(), len(work.tiles) * k_plane.shape[1])
-        team.run(_worker(storage).address, self._block.ctypes.data, threads=threads)
+        self._fill(queries, k_plane, v_plane, out, extra, step, cut)
+        work = cut.pairs * q.shape[1] * q.shape[2]
+        threads = 1 if work < SERIAL else len(cut.tiles) * k_plane.shape[1]
+        team.run(_compiled(storage).address, self._block.ctypes.data, threads=threads)
         return out.to(q.dtype)
 
     def _fill(
@@ -106,14 +110,13 @@ class NumbaAttention(AttentionBackend):
         out: torch.Tensor,
         sinks: torch.Tensor | None,
         step: NumbaStep,
-        work: _Tiles,
-        window: int | None,
+        cut: _Cut,
     ) -> None:
         """Write the worker's argument block (see ``kernel.ARGUMENTS``)."""
         batch, (slots, heads, dim), wide = step.batch, k.shape, v.shape[2]
-        packed = max(_kernel().PACKED, q.shape[1] // heads)
-        if work.parts:
-            self._room(heads * work.parts, packed * (wide + 2))
+        packed = max(PACKED, q.shape[1] // heads)
+        if cut.parts:
+            self._room(heads * cut.parts, packed * (wide + 2))
         self._counter[0] = 0
         self._block[:30] = (
             self._counter.ctypes.data,
@@ -128,7 +131,7 @@ class NumbaAttention(AttentionBackend):
             step.keys.ctypes.data,
             batch.mask_starts.ctypes.data,
             batch.mask_words.ctypes.data,
-            work.tiles.ctypes.data,
+            cut.tiles.ctypes.data,
             self._partial.ctypes.data,
             self._done.ctypes.data,
             self._numbers.ctypes.data,
@@ -142,10 +145,10 @@ class NumbaAttention(AttentionBackend):
             len(step.keys),
             0 if sinks is None else len(sinks),
             len(batch.mask_words),
-            len(work.tiles),
-            work.parts,
+            len(cut.tiles),
+            cut.parts,
             packed,
-            NO_WINDOW if window is None else window,
+            cut.window,
         )
 
     def _room(self, parts: int, size: int) -> None:
@@ -156,30 +159,37 @@ class NumbaAttention(AttentionBackend):
             self._done = np.zeros(parts, np.int64)
 
 
-def _tiles(step: NumbaStep, group: int, window: int) -> _Tiles:
+def _cut(step: NumbaStep, group: int, window: int | None) -> _Cut:
     """The tiles for a head group and window, largest first so that threads finish together."""
-    if (group, window) not in step.tiles:
-        batch = step.batch
-        tiles = _kernel().plan(
-            batch.query_starts, batch.context_starts, batch.mask_starts, batch.positions, group, window
+    if (group, window) not in step.cuts:
+        check_window(window)
+        batch, width = step.batch, NO_WINDOW if window is None else window
+        made = _compiled("plan")(
+            batch.query_starts, batch.context_starts, batch.mask_starts, batch.positions, group, width
         )
-        pairs = (tiles[:, 2] - tiles[:, 1]).astype(np.int64) * (tiles[:, 4] - tiles[:, 3])
-        tiles = np.ascontiguousarray(tiles[np.argsort(-pairs, kind="stable")])
-        parts = int(tiles[tiles[:, 5] == 0][:, 6][tiles[tiles[:, 5] == 0][:, 6] > 1].sum())
-        step.tiles[group, window] = _Tiles(tiles, int(pairs.sum()), parts)
-    return step.tiles[group, window]
-
-
-def _kernel() -> Any:
-    from headrace.models.attention import kernel
-
-    return kernel
+        pairs = (made[:, 2] - made[:, 1]).astype(np.int64) * (made[:, 4] - made[:, 3])
+        made = np.ascontiguousarray(made[np.argsort(-pairs, kind="stable")])
+        parts = int((made[:, 6] > 1).sum())
+        step.cuts[group, window] = _Cut(made, width, int(pairs.sum()), parts)
+    return step.cuts[group, window]
 
 
 @functools.cache
-def _worker(storage: str) -> Any:
-    """The compiled worker; compiled code is kept beside the source or in the user's cache folder where either is writable."""
+def _compiled(name: str) -> Any:
+    """A compiled function: "plan" and "join_keys" of ``tiles``, or the worker for "float32" or "bfloat16" planes.
+
+    The code is kept beside the source, else in the user's cache folder, by numba; where neither can be written it is compiled anew.
+    """
+    import numba
+
+    from headrace.models.attention.kernel import compile_worker
+
+    def build(cache: bool) -> Any:
+        if name in STORAGE.values():
+            return compile_worker(name, cache=cache)
+        return numba.njit(getattr(tiles, name), cache=cache)
+
     try:
-        return _kernel().compile_worker(storage, cache=True)
-    except RuntimeError:  # numba found no folder to keep it in
-        return _kernel().compile_worker(storage, cache=False)
+        return build(cache=True)
+    except RuntimeError:  # "no locator available": no folder to keep it in
+        return build(cache=False)

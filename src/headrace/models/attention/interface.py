@@ -80,9 +80,16 @@ class AttentionBackend(ABC):
         """
 
 
+def check_window(window: int | None) -> None:
+    """Raise ValueError unless ``window`` is None or at least 1: a row always sees itself."""
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: give at least 1 key, or None for all")
+
+
 # name -> (module, class); modules are imported when asked for, so that numba and triton load only where they are used.
 BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("headrace.models.attention.reference", "ReferenceAttention"),
+    "numba": ("headrace.models.attention.cpu", "NumbaAttention"),
 }
 
 

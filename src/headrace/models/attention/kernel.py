@@ -1,12 +1,15 @@
 """The CPU kernel, compiled by numba: attention of tiles of query rows over slots read in place.
 
 A *tile* is a few consecutive rows of a segment with one K/V head; the rows' query heads that share it are packed, so each key is
-read once for all of them. Keys come in blocks of ``BLOCK`` with an online softmax across blocks. Long key ranges are cut into *parts* of
-``PART`` keys, so that one decode row over a long context keeps several threads busy; whoever finishes the last part of a
-tile merges them in order. How a tile is cut depends on its own segment alone, hence so do its results, to the bit.
+read once for all of them (``tiles.py`` cuts them). Keys come in blocks of ``BLOCK`` with an online softmax across blocks. A
+tile with many keys may come in several parts, so that one decode row over a long context keeps several threads busy; whoever
+finishes the last part merges them in order. No result depends on which thread does what.
 
 All float arithmetic is float32. Masked scores are ``MASKED``, not minus infinity, so that fast-math rules hold.
 """
+
+# Intrinsics are called without the typing context that numba passes them, which type checkers cannot know, and numba marks few exports.
+# mypy: disable-error-code="attr-defined, call-arg, var-annotated, no-untyped-call"
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
+from headrace.models.attention.tiles import PACKED
+
 BLOCK = 64
-PART = 2048
-PACKED = 64  # packed queries of a tile, at most (a single row may exceed it)
 FEW = 4  # up to this many packed queries keys are read as they lie; above, blocks are transposed first
 MASKED = np.float32(-1e30)
 
@@ -136,7 +139,9 @@ def _values_few(weights: Any, packed: int, v: Any, head: int, at: Any, count: in
         for m in range(packed):
             w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
             for d in range(dim):
-                sums[m, d] += w0 * _as_float(v0[d]) + w1 * _as_float(v1[d]) + w2 * _as_float(v2[d]) + w3 * _as_float(v3[d])
+                sums[m, d] += (
+                    w0 * _as_float(v0[d]) + w1 * _as_float(v1[d]) + w2 * _as_float(v2[d]) + w3 * _as_float(v3[d])
+                )
     for t in range(whole, count):
         row = v[at[t], head]
         for m in range(packed):
@@ -160,7 +165,9 @@ def _scores_many(q: Any, packed: int, k: Any, head: int, at: Any, count: int, tu
         for d in range(0, whole, 4):
             q0, q1, q2, q3 = q[m, d], q[m, d + 1], q[m, d + 2], q[m, d + 3]
             for t in range(BLOCK):
-                scores[m, t] += q0 * turned[d, t] + q1 * turned[d + 1, t] + q2 * turned[d + 2, t] + q3 * turned[d + 3, t]
+                scores[m, t] += (
+                    q0 * turned[d, t] + q1 * turned[d + 1, t] + q2 * turned[d + 2, t] + q3 * turned[d + 3, t]
+                )
         for d in range(whole, dim):
             q0 = q[m, d]
             for t in range(BLOCK):
@@ -221,7 +228,17 @@ def _soften(scores: Any, packed: int, count: int, top: Any, total: Any, sums: An
 
 @njit
 def _hide(
-    scores: Any, group: int, first: int, last: int, key: int, count: int, held: int, start: int, positions: Any, words: Any, window: int
+    scores: Any,
+    group: int,
+    first: int,
+    last: int,
+    key: int,
+    count: int,
+    held: int,
+    start: int,
+    positions: Any,
+    words: Any,
+    window: int,
 ) -> None:
     """Mask a block: ``key`` is its first key, rows ``first:last`` and ``start`` count in the batch, ``held`` is the context's length."""
     width = (len(positions) + 31) // 32
@@ -239,56 +256,6 @@ def _hide(
             if not seen:
                 for g in range(group):
                     scores[(row - first + start) * group + g, t] = MASKED
-
-
-@njit
-def join_keys(contexts: Any, queries: Any, slots: Any, writes: Any, keys: Any) -> None:
-    """Fill ``keys`` with each segment's context slots followed by its own."""
-    at = 0
-    for s in range(len(queries) - 1):
-        for j in range(contexts[s], contexts[s + 1]):
-            keys[at] = slots[j]
-            at += 1
-        for j in range(queries[s], queries[s + 1]):
-            keys[at] = writes[j]
-            at += 1
-
-
-@njit
-def plan(
-    queries: Any, contexts: Any, masks: Any, positions: Any, group: int, window: int
-) -> Any:  # called once per step for each (group, window) of the model's layers
-    """Cut a batch into tiles and parts.
-
-    Returns:
-        int32[n, 8]: segment, first and last row, first and last key (of context then own rows), number of the part, number of parts, and
-        where in the room for partial sums the tile's first part stands.
-    """
-    rows_most = max(1, PACKED // group)
-    limit = 0
-    for s in range(len(queries) - 1):
-        rows, held = queries[s + 1] - queries[s], contexts[s + 1] - contexts[s]
-        limit += (rows + rows_most - 1) // rows_most + (held + rows) // PART
-    tiles = np.empty((limit, 8), np.int32)
-    count, room = 0, 0
-    for s in range(len(queries) - 1):
-        start, stop, held = queries[s], queries[s + 1], contexts[s + 1] - contexts[s]
-        for first in range(start, stop, rows_most):
-            last = min(first + rows_most, stop)
-            low = positions[first:last].min() - window + 1
-            key = min(max(low, 0), held)
-            if key == held and masks[s] == masks[s + 1]:
-                while positions[start + key - held] < low:
-                    key += 1
-            end = held + last - start
-            parts = (end - key + PART - 1) // PART if stop - start <= rows_most else 1
-            for part in range(parts):
-                upto = min(key + (part + 1) * PART, end) if part + 1 < parts else end
-                tiles[count] = (s, first, last, key + part * PART, upto, part, parts, room)
-                count += 1
-            if parts > 1:
-                room += parts
-    return tiles[:count]
 
 
 @njit
@@ -328,8 +295,10 @@ def _part(
             _values_few(scores, packed, v, head, at, count, sums)
         else:
             _values_many(scores, packed, v, head, at, count, copied, sums)
-'''
-''' 
+
+
+"""
+"""
 
 
 @njit(fastmath=True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.core.batch import WORD_BITS, Batch
-from headrace.models.attention.interface import AttentionBackend, AttentionStep
+from headrace.models.attention.interface import AttentionBackend, AttentionStep, check_window
 
 # Rows whose scores are materialised together where SDPA cannot be used (soft cap, sinks).
 ROWS = 256
@@ -40,6 +40,7 @@ class ReferenceStep(AttentionStep):
 
     def masks_for(self, window: int | None) -> list[torch.Tensor]:
         if window not in self.masks:
+            check_window(window)
             self.masks[window] = [piece.mask(window) for piece in self.pieces]
         return self.masks[window]
 
