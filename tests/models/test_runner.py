@@ -23,6 +23,7 @@ from tests.models.packing import (
 
 from headrace.core.batch import Packer
 from headrace.core.errors import InvalidRequest, OutOfMemory, UnsupportedModel
+from headrace.models.load import load
 from headrace.models.runner import ModelRunner
 from headrace.models.slots import SlotPool
 
@@ -213,3 +214,22 @@ def test_planes_belong_to_the_pool() -> None:
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="'fast'"):
         make_runner("llama", "fast")
+
+
+def test_bundled_model_decodes_what_transformers_generates() -> None:
+    """Greedy, token by token, from a prompt in two chunks."""
+    model, count = load("bundled", device="cpu"), 24
+    prompt = torch.arange(300, 340)[None]
+    with torch.inference_mode():
+        expected = model.module.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)[0, 40:]
+    runner = ModelRunner(model, SlotPool(128), "reference")
+    sequence = scattered([40 + count], seed=11, pool=128)[0]
+    sequence.ids[:40] = prompt[0].numpy()
+    feed(runner, [sequence], [25])
+    feed(runner, [sequence], [15])
+    for at in range(40, 40 + count):
+        row = sequence.logits[-1][-1].clone()
+        row[list(model.card.stop_ids)] = -torch.inf
+        sequence.ids[at] = int(row.argmax())
+        feed(runner, [sequence], [1])
+    assert sequence.ids[40:].tolist() == expected.tolist()
