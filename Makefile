@@ -35,10 +35,10 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy and the floors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.installed  ## time the compiled kernels on this machine
-	$(BIN)/python -m headrace.native.bench
+bench: $(VENV)/.installed  ## measure the engine against transformers on this machine (minutes)
+	$(BIN)/headrace bench engine
 
 clean:  ## remove the virtual environment and every cache of the tools
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
