@@ -93,7 +93,7 @@ def truncate(weights: Floats, top_k: int, top_p: float, min_p: float) -> None:
         count = len(ordered) - _tail(ordered, total, top_p)
         _keep(weights, ordered[len(ordered) - count], count)
     else:
-        np.copyto(weights, 0.0, where=weights < floor)
+        _zero_below(weights, floor)
 
 
 def _candidates(weights: Floats, floor: np.float32, top_p: float, min_p: float) -> tuple[Floats, float]:
@@ -102,13 +102,17 @@ def _candidates(weights: Floats, floor: np.float32, top_p: float, min_p: float) 
     Ids with at most ``(1 - top_p) / V`` of the mass hold at most ``1 - top_p`` of it together, so none is in the nucleus:
     usually few of a large vocabulary remain to be sorted.
     """
-    if min_p > 0.0:
-        ordered = weights[weights >= floor]
-        total = float(ordered.sum(dtype=np.float64))
-    else:
+    total = None
+    if min_p == 0.0:
         total = float(weights.sum(dtype=np.float64))
-        above = weights >= max(floor, np.float32(total * (1.0 - top_p) / len(weights) * (1.0 - 1e-6)))
-        ordered = weights.copy() if 2 * int(np.count_nonzero(above)) > len(weights) else weights[above]
+        floor = max(floor, np.float32(total * (1.0 - top_p) / len(weights) * (1.0 - 1e-6)))
+    above = weights >= floor
+    if total is not None and 2 * int(np.count_nonzero(above)) > len(weights):
+        ordered = weights.copy()
+    else:
+        ordered = weights.take(np.flatnonzero(above))  # several times faster than weights[above]
+    if total is None:
+        total = float(ordered.sum(dtype=np.float64))
     ordered.sort()
     return ordered, total
 
@@ -134,7 +138,13 @@ def _tail(ordered: Floats, total: float, top_p: float) -> int:
 
 def _keep(weights: Floats, last: np.float32, count: int) -> None:
     """Zero all but the ``count`` best weights, the smallest of which is ``last``, in place."""
-    np.copyto(weights, 0.0, where=weights < last)
-    surplus = int(np.count_nonzero(weights)) - count
+    surplus = _zero_below(weights, last) - count
     if surplus > 0:
         weights[np.flatnonzero(weights == last)[-surplus:]] = 0.0
+
+
+def _zero_below(weights: Floats, floor: np.float32) -> int:
+    """Zero the weights below ``floor`` in place; how many are left."""
+    above = weights >= floor
+    np.multiply(weights, above, out=weights)  # ten times faster than an assignment through a mask
+    return int(np.count_nonzero(above))
