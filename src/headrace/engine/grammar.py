@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MAX_SPEC = 64 * 1024
 MAX_CHOICES = 1024
-MAX_WHITESPACE = 64
-"""Characters of white space between two JSON tokens: room for indentation, no room for an endless run of blanks."""
+MAX_WHITESPACE = 1
+"""Characters of white space between two JSON tokens: answers come compact, and a small model cannot wander off into blanks."""
 
 _ROOT = re.compile(r"^\s*root\s*::=", re.MULTILINE)
 
