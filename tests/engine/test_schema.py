@@ -11,12 +11,14 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests import tiny
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.request import Structure
 from headrace.engine.grammar import GrammarCompiler, GrammarState
-from headrace.engine.schema import parse
+from headrace.engine.schema import _TYPED, parse
 from headrace.models.detokenizer import REPLACEMENT
 from headrace.models.tokenizer import Tokenizer
 
@@ -47,6 +49,7 @@ ENFORCED: dict[str, Any] = {
     "required only": {"type": "object", "required": ["z"]},
     "additional": {**OBJECT, "additionalProperties": {"type": "boolean"}},
     "closed": {**OBJECT, "additionalProperties": False},
+    "unevaluated": {"type": "object", "unevaluatedProperties": False},
     "names": {"type": "object", "propertyNames": {"pattern": "^a+$"}},
     "name patterns": {"type": "object", "patternProperties": {"^x[0-9]$": {"type": "integer"}}, "additionalProperties": False},
     "counted": {**OBJECT, "minProperties": 1},
@@ -95,6 +98,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown type": ({"type": "text"}, "known types"),
     "open count": ({"type": "object", "minProperties": 2}, "closed list"),
     "patterns and properties": ({**OBJECT, "patternProperties": {"^x": {}}}, "only one"),
+    "unevaluated schema": ({"type": "object", "unevaluatedProperties": {"type": "null"}}, "additionalProperties"),
+    "malformed": ({"type": "object", "properties": {"a": {}}, "required": [["a"]]}, "malformed"),
     "forbidden required": ({**OBJECT, "required": ["z"], "additionalProperties": False}, "requires 'z'"),
 }  # fmt: skip
 
@@ -171,6 +176,32 @@ def test_nesting_is_bounded() -> None:
     for depth in (100, 100_000):
         with pytest.raises(InvalidRequest, match=r"nested|not JSON"):
             parse('{"items":' * depth + "{}" + "}" * depth, "response_format")
+
+
+WORDS = [word for words in _TYPED.values() for word in words]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 9)
+    | st.sampled_from(["a", "object", "string", "^a$", "#", "#/$defs/a", "date"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*WORDS, "type", "enum", "const", "anyOf", "oneOf", "$ref", "$defs", "a"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(JSON)
+def test_any_json_either_compiles_or_is_the_clients_mistake(schema: Any) -> None:
+    future = compiler().compile(Structure("json_schema", json.dumps(schema)))
+    error = future.exception(60)
+    assert error is None or isinstance(error, InvalidRequest), error
 
 
 def test_the_battery_would_notice_an_ignored_constraint() -> None:

@@ -55,7 +55,10 @@ def parse(spec: str, field: str) -> Any:
 
 def enforceable(schema: Any, field: str) -> Any:
     """``schema`` in a form the grammar compiler honours whole; raises :class:`InvalidRequest` where there is none."""
-    return _Rewriter(schema, field).visit(schema, "#", 0)
+    try:
+        return _Rewriter(schema, field).visit(schema, "#", 0)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a keyword's value of the wrong shape
+        raise InvalidRequest(f"{field}: the schema is malformed ({error}): correct it", field=field) from error
 
 
 def _no_constant(name: str) -> None:
@@ -92,6 +95,10 @@ class _Rewriter:
             if isinstance(schema.get(word), Mapping)
         }
         live = {word: schema[word] for word in _CONSTRAINTS if word in schema}
+        if schema.get("unevaluatedProperties", True) is not True:
+            if schema["unevaluatedProperties"] is not False:
+                raise self._refuse(place, 'has a schema for "unevaluatedProperties": use "additionalProperties"')
+            live.setdefault("additionalProperties", False)
         return {**definitions, **self._value(live, place, depth)}
 
     def _value(self, live: dict[str, Any], place: str, depth: int) -> dict[str, Any]:
