@@ -15,7 +15,7 @@ from headrace.core.batch import Batch
 from headrace.models.attention import team, tiles
 from headrace.models.attention.interface import AttentionBackend, AttentionStep, check_window
 from headrace.models.attention.reference import ReferenceAttention, ReferenceStep
-from headrace.models.attention.tiles import NO_WINDOW, PACKED
+from headrace.models.attention.tiles import NO_WINDOW, PACKED, scratch_size
 
 # Multiply-adds below which waking other threads costs more than it saves.
 SERIAL = 1 << 18
@@ -51,11 +51,12 @@ class NumbaAttention(AttentionBackend):
     name: ClassVar[str] = "numba"
 
     def __init__(self) -> None:
-        self._block = np.zeros(32, np.int64)
-        self._counter = np.zeros(1, np.int64)
+        self._block = np.zeros(31, np.int64)
+        self._counters = np.zeros(2, np.int64)
         self._numbers = np.zeros(2, np.float32)
         self._partial = np.zeros(1, np.float32)
         self._done = np.zeros(1, np.int64)
+        self._scratch = np.zeros(1, np.float32)
         self._reference = ReferenceAttention()
 
     @staticmethod
@@ -96,9 +97,10 @@ class NumbaAttention(AttentionBackend):
         extra = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
         cut = _cut(step, q.shape[1] // k_plane.shape[1], window)
         self._numbers[:] = scale, softcap or 0.0
-        self._fill(queries, k_plane, v_plane, out, extra, step, cut)
         work = cut.pairs * q.shape[1] * q.shape[2]
-        threads = 1 if work < SERIAL else len(cut.tiles) * k_plane.shape[1]
+        threads = 1 if work < SERIAL else min(torch.get_num_threads(), len(cut.tiles) * k_plane.shape[1])
+        self._fill(queries, k_plane, v_plane, out, extra, step, cut)
+        self._block[30] = self._scratch_for(threads, q.shape[1] // k_plane.shape[1], q.shape[2], v_plane.shape[2])
         team.run(_compiled(storage).address, self._block.ctypes.data, threads=threads)
         return out.to(q.dtype)
 
@@ -112,14 +114,14 @@ class NumbaAttention(AttentionBackend):
         step: NumbaStep,
         cut: _Cut,
     ) -> None:
-        """Write the worker's argument block (see ``kernel.ARGUMENTS``)."""
+        """Write the worker's argument block (its layout stands in ``kernel``), all but the scratch memory."""
         batch, (slots, heads, dim), wide = step.batch, k.shape, v.shape[2]
         packed = max(PACKED, q.shape[1] // heads)
         if cut.parts:
             self._room(heads * cut.parts, packed * (wide + 2))
-        self._counter[0] = 0
+        self._counters[:] = 0
         self._block[:30] = (
-            self._counter.ctypes.data,
+            self._counters.ctypes.data,
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -150,6 +152,13 @@ class NumbaAttention(AttentionBackend):
             packed,
             cut.window,
         )
+
+    def _scratch_for(self, threads: int, group: int, dim: int, wide: int) -> int:
+        """The address of scratch memory for ``threads`` workers."""
+        size = threads * scratch_size(group, dim, wide)
+        if size > len(self._scratch):
+            self._scratch = np.empty(size, np.float32)
+        return self._scratch.ctypes.data
 
     def _room(self, parts: int, size: int) -> None:
         """Have room for ``parts`` partial results of ``size`` numbers; the counters beside them rest at zero."""

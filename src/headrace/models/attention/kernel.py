@@ -20,9 +20,8 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from headrace.models.attention.tiles import PACKED
+from headrace.models.attention.tiles import BLOCK, PACKED, scratch_size
 
-BLOCK = 64
 FEW = 4  # up to this many packed queries keys are read as they lie; above, blocks are transposed first
 MASKED = np.float32(-1e30)
 
@@ -35,6 +34,8 @@ _EXP = tuple(
     np.float32(c)
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
+
+_scratch_size: Any = njit(scratch_size)
 
 
 @intrinsic
@@ -110,22 +111,22 @@ def _scores_few(q: Any, packed: int, k: Any, head: int, at: Any, count: int, sco
     dim = q.shape[1]
     whole = count // 4 * 4
     for t in range(0, whole, 4):
-        k0, k1, k2, k3 = k[at[t], head], k[at[t + 1], head], k[at[t + 2], head], k[at[t + 3], head]
+        i0, i1, i2, i3 = at[t], at[t + 1], at[t + 2], at[t + 3]
         for m in range(packed):
             s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
             for d in range(dim):
                 x = q[m, d]
-                s0 += x * _as_float(k0[d])
-                s1 += x * _as_float(k1[d])
-                s2 += x * _as_float(k2[d])
-                s3 += x * _as_float(k3[d])
+                s0 += x * _as_float(k[i0, head, d])
+                s1 += x * _as_float(k[i1, head, d])
+                s2 += x * _as_float(k[i2, head, d])
+                s3 += x * _as_float(k[i3, head, d])
             scores[m, t], scores[m, t + 1], scores[m, t + 2], scores[m, t + 3] = s0, s1, s2, s3
     for t in range(whole, count):
-        row = k[at[t], head]
+        i0 = at[t]
         for m in range(packed):
             s0 = _ZERO
             for d in range(dim):
-                s0 += q[m, d] * _as_float(row[d])
+                s0 += q[m, d] * _as_float(k[i0, head, d])
             scores[m, t] = s0
 
 
@@ -135,19 +136,22 @@ def _values_few(weights: Any, packed: int, v: Any, head: int, at: Any, count: in
     dim = sums.shape[1]
     whole = count // 4 * 4
     for t in range(0, whole, 4):
-        v0, v1, v2, v3 = v[at[t], head], v[at[t + 1], head], v[at[t + 2], head], v[at[t + 3], head]
+        i0, i1, i2, i3 = at[t], at[t + 1], at[t + 2], at[t + 3]
         for m in range(packed):
             w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
             for d in range(dim):
                 sums[m, d] += (
-                    w0 * _as_float(v0[d]) + w1 * _as_float(v1[d]) + w2 * _as_float(v2[d]) + w3 * _as_float(v3[d])
+                    w0 * _as_float(v[i0, head, d])
+                    + w1 * _as_float(v[i1, head, d])
+                    + w2 * _as_float(v[i2, head, d])
+                    + w3 * _as_float(v[i3, head, d])
                 )
     for t in range(whole, count):
-        row = v[at[t], head]
+        i0 = at[t]
         for m in range(packed):
             w0 = weights[m, t]
             for d in range(dim):
-                sums[m, d] += w0 * _as_float(row[d])
+                sums[m, d] += w0 * _as_float(v[i0, head, d])
 
 
 @njit(fastmath=True)
@@ -155,9 +159,9 @@ def _scores_many(q: Any, packed: int, k: Any, head: int, at: Any, count: int, tu
     """Scores of many queries: the block of keys is transposed once, then the inner loop runs along keys."""
     dim = q.shape[1]
     for t in range(count):
-        row = k[at[t], head]
+        i0 = at[t]
         for d in range(dim):
-            turned[d, t] = _as_float(row[d])
+            turned[d, t] = _as_float(k[i0, head, d])
     whole = dim // 4 * 4
     for m in range(packed):
         for t in range(BLOCK):
@@ -179,9 +183,9 @@ def _values_many(weights: Any, packed: int, v: Any, head: int, at: Any, count: i
     """Add the weighted values of a block for many queries: the block is made contiguous once."""
     dim = sums.shape[1]
     for t in range(count):
-        row = v[at[t], head]
+        i0 = at[t]
         for d in range(dim):
-            copied[t, d] = _as_float(row[d])
+            copied[t, d] = _as_float(v[i0, head, d])
     whole = count // 4 * 4
     for m in range(packed):
         for t in range(0, whole, 4):
@@ -240,7 +244,7 @@ def _hide(
     words: Any,
     window: int,
 ) -> None:
-    """Mask a block: ``key`` is its first key, rows ``first:last`` and ``start`` count in the batch, ``held`` is the context's length."""
+    """Mask a block that begins at ``key``; rows and ``start`` count in the batch, ``held`` is the context's length."""
     width = (len(positions) + 31) // 32
     for row in range(first - start, last - start):
         here = positions[row]
@@ -275,8 +279,13 @@ def _part(
     """Maximum, weight and weighted values of one part of a tile, left in ``top``, ``total`` and ``sums``."""
     first, last, key0, key1 = tile[1], tile[2], tile[3], tile[4]
     packed = (last - first) * group
-    here = positions[first - start : last - start].max()
-    top[:packed], total[:packed], sums[:packed] = MASKED, _ZERO, _ZERO
+    here = positions[first - start]
+    for row in range(first - start, last - start):
+        here = max(here, positions[row])
+    for m in range(packed):
+        top[m], total[m] = MASKED, _ZERO
+        for d in range(sums.shape[1]):
+            sums[m, d] = _ZERO
     for key in range(key0, key1, BLOCK):
         count = min(BLOCK, key1 - key)
         at = at_of[key : key + count]
@@ -302,17 +311,32 @@ def _part(
 
 
 @njit(fastmath=True)
-def _merge(parts: Any, packed: int, top: Any, total: Any, sums: Any) -> None:
-    """Merge parts [p, packed, dim + 2] (maximum and weight stand last) into ``top``, ``total`` and ``sums``, in order."""
+def _keep(partial: Any, head: int, at: int, packed: int, top: Any, total: Any, sums: Any) -> None:
+    """Put a part's results into its room: values, then maximum and weight."""
     dim = sums.shape[1]
     for m in range(packed):
-        high = parts[:, m, dim].max()
-        top[m], total[m], sums[m] = high, _ZERO, _ZERO
-        for p in range(len(parts)):
-            factor = _exp(parts[p, m, dim] - high)
-            total[m] += factor * parts[p, m, dim + 1]
+        for d in range(dim):
+            partial[head, at, m, d] = sums[m, d]
+        partial[head, at, m, dim] = top[m]
+        partial[head, at, m, dim + 1] = total[m]
+
+
+@njit(fastmath=True)
+def _merge(partial: Any, head: int, room: int, parts: int, packed: int, top: Any, total: Any, sums: Any) -> None:
+    """Merge the parts from ``room`` on into ``top``, ``total`` and ``sums``, in order."""
+    dim = sums.shape[1]
+    for m in range(packed):
+        high = MASKED
+        for p in range(room, room + parts):
+            high = max(high, partial[head, p, m, dim])
+        top[m], total[m] = high, _ZERO
+        for d in range(dim):
+            sums[m, d] = _ZERO
+        for p in range(room, room + parts):
+            factor = _exp(partial[head, p, m, dim] - high)
+            total[m] += factor * partial[head, p, m, dim + 1]
             for d in range(dim):
-                sums[m, d] += factor * parts[p, m, d]
+                sums[m, d] += factor * partial[head, p, m, d]
 
 
 @njit(fastmath=True)
@@ -330,19 +354,22 @@ def _store(out: Any, head: int, group: int, first: int, last: int, sinks: Any, t
                 out[row, head * group + g, d] = sums[m, d] * factor
 
 
-@njit(nogil=True)
+@njit
 def _work(
-    counter: Any, q: Any, k: Any, v: Any, out: Any, sinks: Any, positions: Any, queries: Any, contexts: Any, keys: Any,
-    masks: Any, words: Any, tiles: Any, partial: Any, done: Any, window: int, scale: Any, softcap: Any,
+    counter: Any, members: int, scratch: int, q: Any, k: Any, v: Any, out: Any, sinks: Any, positions: Any, queries: Any, contexts: Any,
+    keys: Any, masks: Any, words: Any, tiles: Any, partial: Any, done: Any, window: int, scale: Any, softcap: Any,
 ) -> None:  # fmt: skip
     """Do tasks (tile part, K/V head) until ``counter`` has run through them all."""
     heads = k.shape[1]
     group = q.shape[1] // heads
-    size = max(PACKED, group)
-    packed_q, scores = np.empty((size, q.shape[2]), np.float32), np.empty((size, BLOCK), np.float32)
-    turned, copied = np.empty((q.shape[2], BLOCK), np.float32), np.empty((BLOCK, v.shape[2]), np.float32)
-    top, total = np.empty(size, np.float32), np.empty(size, np.float32)
-    sums = np.empty((size, v.shape[2]), np.float32)
+    size, dim, wide = max(PACKED, group), q.shape[2], v.shape[2]
+    at = scratch + 4 * _scratch_size(group, dim, wide) * _fetch_add(_longs(members), 1)
+    packed_q, at = carray(_floats(at), (size, dim)), at + 4 * size * dim
+    scores, at = carray(_floats(at), (size, BLOCK)), at + 4 * size * BLOCK
+    turned, at = carray(_floats(at), (dim, BLOCK)), at + 4 * dim * BLOCK
+    copied, at = carray(_floats(at), (BLOCK, wide)), at + 4 * BLOCK * wide
+    sums, at = carray(_floats(at), (size, wide)), at + 4 * size * wide
+    top, total = carray(_floats(at), size), carray(_floats(at + 4 * size), size)
     while True:
         task = _fetch_add(counter, 1)
         if task >= len(tiles) * heads:
@@ -357,25 +384,21 @@ def _work(
             words[masks[s] : masks[s + 1]], window, softcap, packed_q, scores, turned, copied, top, total, sums,
         )  # fmt: skip
         if parts > 1:
-            mine = partial[head, room + part]
-            mine[:packed, :-2] = sums[:packed]
-            mine[:packed, -2] = top[:packed]
-            mine[:packed, -1] = total[:packed]
+            _keep(partial, head, room + part, packed, top, total, sums)
             if _fetch_add(_longs(done.ctypes.data + 8 * (head * done.shape[1] + room)), 1) < parts - 1:
                 continue
             done[head, room] = 0
-            _merge(partial[head, room : room + parts], packed, top, total, sums)
+            _merge(partial, head, room, parts, packed, top, total, sums)
         _store(out, head, group, first, last, sinks, top, total, sums)
 
 
-# The argument block of a worker, int64: addresses, then sizes. Scale and soft cap (0: none) lie at "numbers" as float32.
-ARGUMENTS = {
-    name: at
-    for at, name in enumerate(
-        "counter q k v out sinks positions queries contexts keys masks words tiles partial done numbers "
-        "rows query_heads slots heads dim value_dim segments key_count sink_count word_count tile_count part_count packed window".split()
-    )
-}
+# The argument block of a worker holds int64, addresses first:
+#   0 counter of tasks, behind it the counter of threads   1 q   2 k   3 v   4 out   5 sinks   6 positions   7 query_starts
+#   8 context_starts   9 keys   10 mask_starts   11 mask_words   12 tiles   13 partial   14 done   15 scale and soft cap (0: none)
+# and then numbers:
+#   16 rows   17 query heads   18 slots   19 heads   20 dim   21 value dim   22 segments   23 keys   24 sinks   25 mask words
+#   26 tiles   27 parts   28 packed queries of a part   29 window   30 address of the scratch memory
+FIELDS = 31
 
 
 @njit
@@ -385,6 +408,8 @@ def _start(a: Any, k: Any, v: Any) -> None:
     rows, query_heads, heads, dim, value_dim, segments = a[16], a[17], a[19], a[20], a[21], a[22]
     _work(
         _longs(a[0]),
+        a[0] + 8,
+        a[30],
         carray(_floats(a[1]), (rows, query_heads, dim)),
         k,
         v,
@@ -409,17 +434,17 @@ _BLOCK_POINTER = types.void(types.CPointer(types.int64))
 
 
 def compile_worker(storage: str, *, cache: bool) -> Any:
-    """The worker for planes of "float32" or "bfloat16" as a C function of one pointer to an argument block; ``.address`` is its entry."""
+    """The worker for planes of "float32" or "bfloat16": a C function of a pointer to an argument block, at ``.address``."""
     if storage == "float32":
 
         def worker(block: Any) -> None:
-            a = carray(block, 30)
+            a = carray(block, FIELDS)
             _start(a, carray(_floats(a[2]), (a[18], a[19], a[20])), carray(_floats(a[3]), (a[18], a[19], a[21])))
 
     else:
 
         def worker(block: Any) -> None:
-            a = carray(block, 30)
+            a = carray(block, FIELDS)
             _start(a, carray(_halves(a[2]), (a[18], a[19], a[20])), carray(_halves(a[3]), (a[18], a[19], a[21])))
 
     return cfunc(_BLOCK_POINTER, cache=cache)(worker)

@@ -11,7 +11,14 @@ import numpy as np
 
 PART = 2048  # keys of a part
 PACKED = 64  # packed queries of a tile, at most (one row with more query heads per K/V head may exceed it)
+BLOCK = 64  # keys whose scores are held at once
 NO_WINDOW = 1 << 30
+
+
+def scratch_size(group: int, dim: int, wide: int) -> int:
+    """float32 numbers of scratch memory per thread, for ``group`` query heads per K/V head, keys of ``dim`` and values of ``wide``."""
+    size = max(PACKED, group)
+    return size * (dim + BLOCK + wide + 2) + BLOCK * (dim + wide)
 
 
 def join_keys(contexts: Any, queries: Any, slots: Any, writes: Any, keys: Any) -> None:
@@ -37,8 +44,8 @@ def plan(
         window: keys a row sees at most; ``NO_WINDOW`` for all.
 
     Returns:
-        int32[n, 8]: segment, first and last row, first and last key (of context then own rows), number of the part, number of parts, and
-        where in the room for partial sums the tile's first part stands.
+        int32[n, 8]: segment, first and last row, first and last key (of context then own rows), number of the part, number of
+        parts, and where in the room for partial sums the tile's first part stands.
     """
     rows_most = max(1, PACKED // group)
     limit = 0
