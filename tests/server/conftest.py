@@ -68,7 +68,8 @@ class Running:
 
     def ready(self, timeout_s: float = 120.0) -> Running:
         """Wait until requests are served."""
-        assert eventually(lambda: self.http().get("/health").status_code == 200, timeout_s), "the model did not load"
+        http = self.http()
+        assert eventually(lambda: http.get("/health").status_code == 200, timeout_s, 0.2), "the model did not load"
         return self
 
     def metrics(self) -> dict[str, float]:
@@ -118,13 +119,13 @@ def serve(byte_tokenizer: Tokenizer) -> Iterator[Serve]:
         running.stop()
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
-    """Wait until ``condition`` holds."""
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0, pause_s: float = 0.02) -> bool:
+    """Wait until ``condition`` holds, looking every ``pause_s`` seconds."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if condition():
             return True
-        time.sleep(0.01)
+        time.sleep(pause_s)
     return condition()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from headrace.core.errors import EngineUnavailable, HeadraceError
+from headrace.core.errors import EngineUnavailable, HeadraceError, InvalidRequest
 from headrace.core.outputs import EngineStats, RequestTiming, SequenceDelta, TokenLogprobs
 from headrace.core.policy import Limits
 from headrace.core.protocols import ModelCard, ServiceState
@@ -61,6 +62,7 @@ class FakeService:
         burst: tokens per delta.
         refuse: raised by ``submit`` (``eager``) or before the first delta.
         fail_at, failure: after so many steps the request ends with this error.
+        compile_s: how long a regular expression takes to be found good or bad.
         vanish_at: after so many steps the iterator just ends, as no good service does.
     """
 
@@ -72,6 +74,7 @@ class FakeService:
     fail_at: int | None = None
     failure: HeadraceError | None = None
     vanish_at: int | None = None
+    compile_s: float = 0.0
     context: int = 2048
     state: ServiceState = "ready"
     seen: list[Request] = field(default_factory=list)
@@ -114,6 +117,15 @@ class FakeService:
                 self.cancelled.append((request.id, None))
 
     async def _deltas(self, request: Request) -> AsyncIterator[SequenceDelta]:
+        structure = request.params.structure
+        if structure is not None and structure.kind == "regex":
+            await asyncio.sleep(self.compile_s)
+            try:
+                re.compile(structure.spec)
+            except re.error as error:
+                broken = InvalidRequest(f"structured_outputs: {error}", field="structured_outputs")
+                yield SequenceDelta(request.id, 0, reason="error", error=broken)
+                return
         open_ones = {i: self._script(request, i) for i in range(request.params.n)}
         timings = {i: RequestTiming(request.arrival, first_scheduled=time.monotonic()) for i in open_ones}
         step = 0

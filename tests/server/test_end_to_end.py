@@ -74,7 +74,7 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0, 1.2])
+@pytest.mark.parametrize("temperature", [0.9, 1.3])
 def test_schema_constrained_answers_validate(real: Running, model: str, temperature: float) -> None:
     answer = real.client().chat.completions.create(
         model=model,
@@ -82,7 +82,7 @@ def test_schema_constrained_answers_validate(real: Running, model: str, temperat
         n=6,
         seed=3,
         temperature=temperature,
-        max_tokens=200,
+        max_tokens=600,
         response_format={"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMA}},
     )
     finished = [choice for choice in answer.choices if choice.finish_reason == "stop"]

@@ -91,6 +91,16 @@ def test_refusal_before_the_first_byte_is_a_status(serve: Serve) -> None:
         assert caught.value.response.headers["retry-after"] == "7"
 
 
+def test_grammar_that_does_not_compile_is_a_status_even_when_it_takes_long(serve: Serve) -> None:
+    request = {"prompt": "a", "guided_regex": "(", "stream": True}
+    patient = serve(FakeService(compile_s=0.5), accept_wait_s=0.05).http()
+    assert patient.post("/v1/completions", json=request).status_code == 400
+    hasty = serve(FakeService(compile_s=0.5), accept_wait_s=0.05, grammar_wait_s=0.05).http()
+    late = hasty.post("/v1/completions", json=request)
+    assert late.status_code == 200
+    assert json.loads(late.text.strip().removeprefix("data: "))["error"]["param"] == "structured_outputs"
+
+
 def test_error_in_the_middle_is_an_event_and_ends_the_stream(serve: Serve) -> None:
     broken = EngineUnavailable("the engine stopped unexpectedly: send it again", code="engine_crashed")
     service = say("abcdef", fail_at=3, failure=broken, delay_s=0.01)

@@ -116,7 +116,9 @@ async def answer(serving: Serving, http: HttpRequest, body: GenerationBody, job:
     await feed.open()
     try:
         if body.stream:
-            await feed.settle(serving.settings.accept_wait_s)
+            settings = serving.settings
+            constrained = job.requests[0].params.structure is not None
+            await feed.settle(settings.grammar_wait_s if constrained else settings.accept_wait_s)
             if feed.error is not None:
                 raise feed.error
             options = body.stream_options
@@ -125,7 +127,7 @@ async def answer(serving: Serving, http: HttpRequest, body: GenerationBody, job:
                 shape,
                 include_usage=bool(options and options.include_usage),
                 continuous_usage=bool(options and options.continuous_usage_stats),
-                settings=serving.settings,
+                settings=settings,
             )
         return await _collect(feed, http, shape)
     except BaseException:

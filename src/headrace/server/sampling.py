@@ -9,6 +9,7 @@ from typing import Any
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.request import SLO, SamplingParams, Structure
+from headrace.engine.grammar import field_of, validate
 from headrace.server.schemas import ChatBody, CompletionBody, GenerationBody, ResponseFormat, StructuredOutputs
 
 SLO_HEADER = "x-headrace-slo"
@@ -68,7 +69,17 @@ def structure(body: GenerationBody) -> Structure | None:
     if len(given) > 1:
         names = " and ".join(given)
         raise InvalidRequest(f"{names} both constrain the answer: give one of them", field=list(given)[-1])
+    for name, found_one in given.items():
+        _check_structure(found_one, name)
     return next(iter(given.values()), None)
+
+
+def _check_structure(structure: Structure, field: str) -> None:
+    """Refuse now what the engine would refuse later, under the name that the client used."""
+    try:
+        validate(structure)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message.replace(field_of(structure), field, 1), field=field) from error
 
 
 def _of_response_format(given: ResponseFormat | None) -> Structure | None:

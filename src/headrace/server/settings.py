@@ -27,6 +27,7 @@ class ServerSettings:
         max_choices: prompts times ``n`` of one request.
         tokenizer_threads: threads that tokenise long prompts beside the event loop.
         accept_wait_s: how long a stream's status line waits for the engine to accept or refuse the request.
+        grammar_wait_s: the same for a request with a grammar, which the engine refuses only after trying to compile it.
         keep_alive_s: silence in a stream after which a comment is sent, so that proxies keep it open.
         write_timeout_s: how long a client may leave a stream unread before it is cut.
         drain_timeout_s: how long open requests may go on after a signal to stop.
@@ -43,6 +44,7 @@ class ServerSettings:
     max_choices: int = 256
     tokenizer_threads: int = 2
     accept_wait_s: float = 1.0
+    grammar_wait_s: float = 30.0
     keep_alive_s: float = 15.0
     write_timeout_s: float = 120.0
     drain_timeout_s: float = 30.0
@@ -56,7 +58,7 @@ class ServerSettings:
         for name in ("body_timeout_s", "keep_alive_s", "write_timeout_s"):
             if not getattr(self, name) > 0:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}: give seconds above 0", field=name)
-        for name in ("accept_wait_s", "drain_timeout_s"):
+        for name in ("accept_wait_s", "grammar_wait_s", "drain_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}: give seconds from 0", field=name)
         for label, key in self.api_keys:
