@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.core.errors import InvalidRequest
+from headrace.models.fused import fuse
+from headrace.models.pinned import Pinned
 from headrace.native import build
 from headrace.native.skinny import PackedMatrix, Storage, isa
 
@@ -31,7 +33,7 @@ class Model(Protocol):
         """The transformers module."""
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Pinned):
     """``nn.Linear`` for inference in float32 on the CPU, over a :class:`PackedMatrix`.
 
     Weights are frozen: there is no backward pass and no move to another device or dtype. ``state_dict()`` is that of the
@@ -71,15 +73,6 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, storage={self.matrix.dtype}"
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        probe = fn(torch.zeros(1))
-        if probe.device.type != "cpu" or probe.dtype is not torch.float32:
-            raise TypeError(
-                f"packed linears stay float32 on the CPU, and {probe.dtype} on {probe.device} was asked for: "
-                "load the model again with linears='module'"
-            )
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -123,7 +116,7 @@ def use_native_linears(module: nn.Module, *, storage: Storage = "auto") -> int:
 
 
 def choose_linears(model: Model, mode: str = "auto") -> str:
-    """Give ``model`` the linear layers that ``mode`` asks for, in place.
+    """Give ``model`` the linear layers that ``mode`` asks for, in place, fused with what stands between them where possible.
 
     Args:
         model: whose ``module`` to change.
@@ -146,6 +139,7 @@ def choose_linears(model: Model, mode: str = "auto") -> str:
             raise InvalidRequest(f"linears is 'native', but {reason}", field="linears")
         log.info("keeping the checkpoint's own linears: %s", reason)
         return "module"
+    fuse(model.module)
     use_native_linears(model.module)
     return "native"
 
