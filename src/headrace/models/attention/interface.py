@@ -90,6 +90,7 @@ def check_window(window: int | None) -> None:
 BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("headrace.models.attention.reference", "ReferenceAttention"),
     "numba": ("headrace.models.attention.cpu", "NumbaAttention"),
+    "triton": ("headrace.models.attention.gpu", "TritonAttention"),
 }
 
 
