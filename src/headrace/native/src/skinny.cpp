@@ -45,7 +45,7 @@ constexpr int PANEL = TILE_VECS * LANES;
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;  // accumulators, a step of weights and a broadcast fill the registers
 constexpr isize K_BLOCK = 256;                   // a panel's block and a tile's rows fit a 48 KiB L1
 constexpr isize ROW_BLOCK = 128;                 // rows of x that stay in L2 while all panels pass over them
-constexpr isize PREFETCH_BYTES = 2048;
+constexpr isize PREFETCH_BYTES = 4096;
 
 // Independent chains of multiply-adds that hide their latency: tiles of few rows take several panels at once.
 constexpr int CHAINS = 8;
