@@ -31,7 +31,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     from headrace.models.load import load
 
     get_policy(config.policy)  # a wrong name shall not cost a load
-    torch.set_num_threads(config.threads or available_cores())
+    torch.set_num_threads(config.threads or default_threads())
     model = load(
         config.model,
         dtype=config.dtype,
@@ -84,8 +84,11 @@ def run_engine_process(connection: Connection, config: EngineConfig) -> None:
     run_worker(connection, partial(build_engine, config))
 
 
-def available_cores() -> int:
-    """CPU cores this process may use."""
+def default_threads() -> int:
+    """``OMP_NUM_THREADS`` where it is set, as torch itself would have it; else the CPU cores this process may use."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if stated.isdecimal() and int(stated) > 0:
+        return int(stated)
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system

@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from tests import tiny
+from tests.cli.program import Program
 
 from headrace.cli.launch import check_address, is_local, is_loopback
 from headrace.cli.serve import api_keys, parse_tier
@@ -67,33 +65,6 @@ def test_a_taken_port_is_refused_before_anything_is_loaded() -> None:
         with pytest.raises(InvalidRequest, match="--port"):
             check_address("127.0.0.1", taken.getsockname()[1])
     check_address("127.0.0.1", 0)
-
-
-class Program:
-    """``headrace serve`` as a child, with what it wrote to its error stream."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "headrace", "serve", "--port", "0", "--threads", "1", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        self.text = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.text += line
-
-    def expect(self, pattern: str, seconds: float = 120) -> re.Match[str]:
-        end = time.monotonic() + seconds
-        while (found := re.search(pattern, self.text)) is None:
-            assert time.monotonic() < end, f"{pattern!r} did not come in {self.text!r}"
-            time.sleep(0.05)
-        return found
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -130,14 +130,14 @@ class Launch:
 
     async def _tell(self) -> None:
         """Say what is served, on what, and how to try it."""
-        from headrace.compose import available_cores
+        from headrace.compose import default_threads
 
         card, limits = self._service.card, self.config.limits
         slots = (await self._service.stats()).slots_total
         name = card.name
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
         key = ' -H "authorization: Bearer $KEY"' if self.settings.api_keys else ""
-        threads = self.config.threads or available_cores()
+        threads = self.config.threads or default_threads()
         _say(
             f"ready: {name} at {self._url}/v1\n"
             f"  model    {card.parameters / 1e6:,.1f}M parameters in {card.dtype}, context {card.context:,} tokens\n"

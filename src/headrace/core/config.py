@@ -27,7 +27,7 @@ class EngineConfig:
         prefix_cache: share the K and V of equal prefixes between requests.
         max_queue: waiting requests above which new ones are refused.
         trust_remote_code: run Python code that comes with a checkpoint.
-        threads: CPU threads for the model; None takes all cores available to the process.
+        threads: CPU threads for the model; None takes ``OMP_NUM_THREADS`` where it is set, else all cores available to the process.
     """
 
     model: str = "bundled"
