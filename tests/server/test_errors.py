@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 
 import openai
 import pytest
+from pydantic import ValidationError
 from tests.server.conftest import Running, Serve
 from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded
 from headrace.server.errors import HttpError, body_of, error_body, explain, response_of
 from headrace.server.replies import ErrorReply
+from headrace.server.schemas import ChatBody, CompletionBody
 
 HELLO = [{"role": "user", "content": "x"}]
 JSON = {"content-type": "application/json"}
@@ -58,6 +61,31 @@ def test_hostile_bodies(serve: Serve, body: bytes) -> None:
     assert reply.status_code in (400, 404), reply.text  # 404: the surrogate was in the model's name
     assert "Traceback" not in reply.text
     assert running.client().models.list().data, "the server must live on"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [1] * 500_000},
+        {"messages": [{"role": "user", "content": [1] * 500_000}]},
+        {"messages": [], "stop": [1] * 500_000},
+        {"messages": [], "guided_choice": [1] * 500_000},
+        {"messages": [], "logit_bias": {str(i): "x" for i in range(300_000)}},
+    ],
+    ids=["messages", "parts", "stop", "choices", "biases"],
+)
+def test_a_million_mistakes_cost_no_more_than_one(fields: dict) -> None:
+    start = time.process_time()
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate(fields)
+    assert caught.value.error_count() < 10
+    assert time.process_time() - start < 0.5
+
+
+def test_prompt_forms_are_tried_without_listing_every_mistake() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"prompt": [None] * 500_000})
+    assert caught.value.error_count() < 10
 
 
 def test_deep_but_legal_schema_is_no_error_of_ours(serve: Serve) -> None:

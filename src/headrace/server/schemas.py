@@ -7,9 +7,9 @@ the meaning of the answer are refused by :mod:`headrace.server.refused`. ``null`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from headrace.core.request import MAX_LOGPROBS, MAX_N
 
@@ -17,8 +17,28 @@ INT32 = 1 << 31
 INT63 = 1 << 63
 MAX_STOPS = 16
 
+MAX_BIASES = 300
+MAX_ITEMS = 1 << 20
+
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True, max_length=MAX_ITEMS)]
+"""A list whose first bad item ends its validation: a body of millions of them must not cost an error object each."""
+
 Token = Annotated[int, Field(ge=0, lt=INT32)]
+Tokens = Many[Token]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _few(given: Any) -> Any:
+    """Count before looking, for the same reason."""
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise ValueError(f"has {len(given)} entries: at most {MAX_BIASES}")
+    return given
+
+
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few), Field(max_length=MAX_BIASES)
+]
 
 
 class Body(BaseModel):
@@ -62,7 +82,7 @@ class StructuredOutputs(BaseModel):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar: str | None = None
 
 
@@ -85,10 +105,10 @@ class GenerationBody(Body):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=300)
+    logit_bias: Biases | None = None
     seed: int | None = Field(None, ge=-INT63, lt=INT63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=256)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(fail_fast=True, max_length=256)] | None = None
     include_stop_str_in_output: bool | None = None
     max_tokens: int | None = Field(None, ge=1, lt=INT32)
     min_tokens: int | None = Field(None, ge=0, lt=INT32)
@@ -98,7 +118,7 @@ class GenerationBody(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Many[str] | None = None
     guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -120,14 +140,14 @@ class Message(Body):
     """One message of a conversation."""
 
     role: str = Field(max_length=64)
-    content: str | list[ContentPart] | None = None
+    content: str | Many[ContentPart] | None = None
     name: str | None = None
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -138,8 +158,9 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]] = Field(
-        description="A text, a list of texts, a list of token ids or a list of such lists."
+    prompt: str | Many[str] | Tokens | Many[Tokens] = Field(
+        union_mode="left_to_right",
+        description="A text, a list of texts, a list of token ids or a list of such lists.",
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -151,7 +172,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -162,5 +183,5 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens
     skip_special_tokens: bool | None = None
