@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from tests.models.attention_cases import Case, brute_force, build, cases, worst
 
-from headrace.models.attention import cpu, team
+from headrace.models.attention import cpu, kernel, team, tiles
 from headrace.models.attention.cpu import NumbaAttention
 
 NUMBA = NumbaAttention()
@@ -155,3 +156,12 @@ def test_works_in_a_spawned_process() -> None:
     result = torch.from_numpy(here.recv())
     process.join()
     assert (result - build(np.random.default_rng(9), [("tree", 50, 12)]).run(NUMBA)).abs().max() < 1e-6
+
+
+def test_compiled_code_is_known_by_all_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kernel kept from before a change in a file it includes is not taken for the present one."""
+    before = kernel._digest()
+    changed = tmp_path / "tiles.py"
+    changed.write_text(Path(str(tiles.__file__)).read_text().replace("BLOCK = 64", "BLOCK = 32"))
+    monkeypatch.setattr(tiles, "__file__", str(changed))
+    assert kernel._digest() != before

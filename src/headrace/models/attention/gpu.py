@@ -23,9 +23,10 @@ NO_WINDOW = 1 << 30
 class _Launch:
     """Tiles of one size.
 
-    ``tasks`` int32[n, 11] are parts as the kernel reads them: first row, rows, start of the segment's context, first and last key, first and last
-    own row, start of the segment, of its mask (-1: chain), words of a mask row, and room for the part's sums (-1: none needed). ``merges`` int32[m, 4]
-    are the tiles that have several: first row, rows, first room and parts.
+    ``tasks`` int32[n, 11] are parts as the kernel reads them: first row, rows, start of the segment's context, first and
+    last key, first and last own row, start of the segment, start of its mask (-1: a chain), words of a mask row, and room
+    for the part's sums (-1: none needed). ``merges`` int32[m, 4] are the tiles that have several parts: first row, rows,
+    first room, parts.
     """
 
     tasks: torch.Tensor

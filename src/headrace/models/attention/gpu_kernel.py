@@ -1,5 +1,5 @@
 # Triton's language is compiled, not called: type checkers cannot follow it.
-# mypy: disable-error-code="no-untyped-def, no-any-return"
+# mypy: disable-error-code="no-untyped-def, no-any-return, untyped-decorator"
 """The Triton kernels: one over parts of tiles, one that merges the parts of a tile.
 
 A tile is some rows of a segment with one K/V head, the query heads that share it packed into a block of ``BLOCK_M``. A program

@@ -13,96 +13,32 @@ All float arithmetic is float32. Masked scores are ``MASKED``, not minus infinit
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 
+from headrace.models.attention import numerics, tiles
+from headrace.models.attention.numerics import (
+    ONE,
+    TWO,
+    ZERO,
+    as_float,
+    exp,
+    fetch_add,
+    floats_at,
+    halves_at,
+    ints_at,
+    longs_at,
+)
 from headrace.models.attention.tiles import BLOCK, PACKED, scratch_size
 
 FEW = 4  # up to this many packed queries keys are read as they lie; above, blocks are transposed first
 MASKED = np.float32(-1e30)
 
-
-_ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
-_LEAST = np.float32(-87.0)
-_LOG2E, _LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
-# Minimax coefficients of (exp(x) - 1 - x) / x**2 on [-ln 2 / 2, ln 2 / 2], from the Cephes library's expf.
-_EXP = tuple(
-    np.float32(c)
-    for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-)
-
 _scratch_size: Any = njit(scratch_size)
-
-
-@intrinsic
-def _as_float(typingctx: Any, value: Any) -> Any:
-    """float32 of a stored element: itself, or a bfloat16 given by its bits (uint16)."""
-    stored = isinstance(value, types.Integer)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if not stored:
-            return args[0]
-        word = ir.IntType(32)
-        return builder.bitcast(builder.shl(builder.zext(args[0], word), ir.Constant(word, 16)), ir.FloatType())
-
-    return types.float32(types.uint16 if stored else types.float32), generate
-
-
-@intrinsic
-def _power_of_two(typingctx: Any, exponent: Any) -> Any:
-    """2**exponent as float32, for int32 exponents of normal numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        biased = builder.add(args[0], ir.Constant(word, 127))
-        return builder.bitcast(builder.shl(biased, ir.Constant(word, 23)), ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _fetch_add(typingctx: Any, pointer: Any, amount: Any) -> Any:
-    """Atomically add to the int64 at ``pointer``; returns what was there."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
-
-    return types.int64(types.CPointer(types.int64), types.int64), generate
-
-
-def _pointer_of(element: Any) -> Any:
-    """An intrinsic that makes an address a pointer to ``element``."""
-
-    @intrinsic
-    def pointer(typingctx: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), generate
-
-    return pointer
-
-
-_floats, _halves, _ints, _longs = (_pointer_of(t) for t in (types.float32, types.uint16, types.int32, types.int64))
-
-
-@njit(fastmath=True, inline="always")
-def _exp(x: Any) -> Any:
-    """exp of a float32 that is not positive; exactly 0 below -87. Written out so that it vectorises."""
-    y = max(x, _LEAST)
-    k = np.int32(y * _LOG2E - _HALF)
-    r = y - np.float32(k) * _LN2
-    p = _EXP[0] * r + _EXP[1]
-    p = p * r + _EXP[2]
-    p = p * r + _EXP[3]
-    p = p * r + _EXP[4]
-    p = p * r + _EXP[5]
-    e = (p * r * r + r + _ONE) * _power_of_two(k)
-    return e if x > _LEAST else _ZERO
 
 
 @njit(fastmath=True)
@@ -113,20 +49,20 @@ def _scores_few(q: Any, packed: int, k: Any, head: int, at: Any, count: int, sco
     for t in range(0, whole, 4):
         i0, i1, i2, i3 = at[t], at[t + 1], at[t + 2], at[t + 3]
         for m in range(packed):
-            s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+            s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
             for d in range(dim):
                 x = q[m, d]
-                s0 += x * _as_float(k[i0, head, d])
-                s1 += x * _as_float(k[i1, head, d])
-                s2 += x * _as_float(k[i2, head, d])
-                s3 += x * _as_float(k[i3, head, d])
+                s0 += x * as_float(k[i0, head, d])
+                s1 += x * as_float(k[i1, head, d])
+                s2 += x * as_float(k[i2, head, d])
+                s3 += x * as_float(k[i3, head, d])
             scores[m, t], scores[m, t + 1], scores[m, t + 2], scores[m, t + 3] = s0, s1, s2, s3
     for t in range(whole, count):
         i0 = at[t]
         for m in range(packed):
-            s0 = _ZERO
+            s0 = ZERO
             for d in range(dim):
-                s0 += q[m, d] * _as_float(k[i0, head, d])
+                s0 += q[m, d] * as_float(k[i0, head, d])
             scores[m, t] = s0
 
 
@@ -141,17 +77,17 @@ def _values_few(weights: Any, packed: int, v: Any, head: int, at: Any, count: in
             w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
             for d in range(dim):
                 sums[m, d] += (
-                    w0 * _as_float(v[i0, head, d])
-                    + w1 * _as_float(v[i1, head, d])
-                    + w2 * _as_float(v[i2, head, d])
-                    + w3 * _as_float(v[i3, head, d])
+                    w0 * as_float(v[i0, head, d])
+                    + w1 * as_float(v[i1, head, d])
+                    + w2 * as_float(v[i2, head, d])
+                    + w3 * as_float(v[i3, head, d])
                 )
     for t in range(whole, count):
         i0 = at[t]
         for m in range(packed):
             w0 = weights[m, t]
             for d in range(dim):
-                sums[m, d] += w0 * _as_float(v[i0, head, d])
+                sums[m, d] += w0 * as_float(v[i0, head, d])
 
 
 @njit(fastmath=True)
@@ -161,11 +97,11 @@ def _scores_many(q: Any, packed: int, k: Any, head: int, at: Any, count: int, tu
     for t in range(count):
         i0 = at[t]
         for d in range(dim):
-            turned[d, t] = _as_float(k[i0, head, d])
+            turned[d, t] = as_float(k[i0, head, d])
     whole = dim // 4 * 4
     for m in range(packed):
         for t in range(BLOCK):
-            scores[m, t] = _ZERO
+            scores[m, t] = ZERO
         for d in range(0, whole, 4):
             q0, q1, q2, q3 = q[m, d], q[m, d + 1], q[m, d + 2], q[m, d + 3]
             for t in range(BLOCK):
@@ -185,7 +121,7 @@ def _values_many(weights: Any, packed: int, v: Any, head: int, at: Any, count: i
     for t in range(count):
         i0 = at[t]
         for d in range(dim):
-            copied[t, d] = _as_float(v[i0, head, d])
+            copied[t, d] = as_float(v[i0, head, d])
     whole = count // 4 * 4
     for m in range(packed):
         for t in range(0, whole, 4):
@@ -204,9 +140,9 @@ def _cap(scores: Any, packed: int, count: int, softcap: Any) -> None:
     for m in range(packed):
         for t in range(count):
             s = scores[m, t]
-            e = _exp(-_TWO * abs(s) / softcap)
-            s1 = softcap * (_ONE - e) / (_ONE + e)
-            scores[m, t] = s1 if s > _ZERO else -s1
+            e = exp(-TWO * abs(s) / softcap)
+            s1 = softcap * (ONE - e) / (ONE + e)
+            scores[m, t] = s1 if s > ZERO else -s1
 
 
 @njit(fastmath=True)
@@ -216,13 +152,13 @@ def _soften(scores: Any, packed: int, count: int, top: Any, total: Any, sums: An
         high = top[m]
         for t in range(count):
             high = max(high, scores[m, t])
-        total_now = _ZERO
+        total_now = ZERO
         for t in range(count):
-            w = _exp(scores[m, t] - high)
+            w = exp(scores[m, t] - high)
             scores[m, t] = w
             total_now += w
         if high > top[m]:
-            factor = _exp(top[m] - high)
+            factor = exp(top[m] - high)
             total[m] *= factor
             for d in range(sums.shape[1]):
                 sums[m, d] *= factor
@@ -283,9 +219,9 @@ def _part(
     for row in range(first - start, last - start):
         here = max(here, positions[row])
     for m in range(packed):
-        top[m], total[m] = MASKED, _ZERO
+        top[m], total[m] = MASKED, ZERO
         for d in range(sums.shape[1]):
-            sums[m, d] = _ZERO
+            sums[m, d] = ZERO
     for key in range(key0, key1, BLOCK):
         count = min(BLOCK, key1 - key)
         at = at_of[key : key + count]
@@ -293,7 +229,7 @@ def _part(
             _scores_few(q, packed, k, head, at, count, scores)
         else:
             _scores_many(q, packed, k, head, at, count, turned, scores)
-        if softcap > _ZERO:
+        if softcap > ZERO:
             _cap(scores, packed, count, softcap)
         newest = key + count - held  # own rows before this one are in the block or older
         hidden = newest > 0 and (len(words) > 0 or newest - 1 > first - start or here - window >= positions[0])
@@ -329,11 +265,11 @@ def _merge(partial: Any, head: int, room: int, parts: int, packed: int, top: Any
         high = MASKED
         for p in range(room, room + parts):
             high = max(high, partial[head, p, m, dim])
-        top[m], total[m] = high, _ZERO
+        top[m], total[m] = high, ZERO
         for d in range(dim):
-            sums[m, d] = _ZERO
+            sums[m, d] = ZERO
         for p in range(room, room + parts):
-            factor = _exp(partial[head, p, m, dim] - high)
+            factor = exp(partial[head, p, m, dim] - high)
             total[m] += factor * partial[head, p, m, dim + 1]
             for d in range(dim):
                 sums[m, d] += factor * partial[head, p, m, d]
@@ -345,11 +281,11 @@ def _store(out: Any, head: int, group: int, first: int, last: int, sinks: Any, t
     for row in range(first, last):
         for g in range(group):
             m = (row - first) * group + g
-            factor = _ONE / total[m]
+            factor = ONE / total[m]
             if len(sinks):
                 high = max(top[m], sinks[head * group + g])
-                scaled = _exp(top[m] - high)
-                factor = scaled / (total[m] * scaled + _exp(sinks[head * group + g] - high))
+                scaled = exp(top[m] - high)
+                factor = scaled / (total[m] * scaled + exp(sinks[head * group + g] - high))
             for d in range(sums.shape[1]):
                 out[row, head * group + g, d] = sums[m, d] * factor
 
@@ -363,15 +299,15 @@ def _work(
     heads = k.shape[1]
     group = q.shape[1] // heads
     size, dim, wide = max(PACKED, group), q.shape[2], v.shape[2]
-    at = scratch + 4 * _scratch_size(group, dim, wide) * _fetch_add(_longs(members), 1)
-    packed_q, at = carray(_floats(at), (size, dim)), at + 4 * size * dim
-    scores, at = carray(_floats(at), (size, BLOCK)), at + 4 * size * BLOCK
-    turned, at = carray(_floats(at), (dim, BLOCK)), at + 4 * dim * BLOCK
-    copied, at = carray(_floats(at), (BLOCK, wide)), at + 4 * BLOCK * wide
-    sums, at = carray(_floats(at), (size, wide)), at + 4 * size * wide
-    top, total = carray(_floats(at), size), carray(_floats(at + 4 * size), size)
+    at = scratch + 4 * _scratch_size(group, dim, wide) * fetch_add(longs_at(members), 1)
+    packed_q, at = carray(floats_at(at), (size, dim)), at + 4 * size * dim
+    scores, at = carray(floats_at(at), (size, BLOCK)), at + 4 * size * BLOCK
+    turned, at = carray(floats_at(at), (dim, BLOCK)), at + 4 * dim * BLOCK
+    copied, at = carray(floats_at(at), (BLOCK, wide)), at + 4 * BLOCK * wide
+    sums, at = carray(floats_at(at), (size, wide)), at + 4 * size * wide
+    top, total = carray(floats_at(at), size), carray(floats_at(at + 4 * size), size)
     while True:
-        task = _fetch_add(counter, 1)
+        task = fetch_add(counter, 1)
         if task >= len(tiles) * heads:
             return
         tile, head = tiles[task // heads], task % heads
@@ -385,7 +321,7 @@ def _work(
         )  # fmt: skip
         if parts > 1:
             _keep(partial, head, room + part, packed, top, total, sums)
-            if _fetch_add(_longs(done.ctypes.data + 8 * (head * done.shape[1] + room)), 1) < parts - 1:
+            if fetch_add(longs_at(done.ctypes.data + 8 * (head * done.shape[1] + room)), 1) < parts - 1:
                 continue
             done[head, room] = 0
             _merge(partial, head, room, parts, packed, top, total, sums)
@@ -404,26 +340,26 @@ FIELDS = 31
 @njit
 def _start(a: Any, k: Any, v: Any) -> None:
     """Wrap the arrays of argument block ``a`` and work."""
-    numbers = carray(_floats(a[15]), 2)
+    numbers = carray(floats_at(a[15]), 2)
     rows, query_heads, heads, dim, value_dim, segments = a[16], a[17], a[19], a[20], a[21], a[22]
     _work(
-        _longs(a[0]),
+        longs_at(a[0]),
         a[0] + 8,
         a[30],
-        carray(_floats(a[1]), (rows, query_heads, dim)),
+        carray(floats_at(a[1]), (rows, query_heads, dim)),
         k,
         v,
-        carray(_floats(a[4]), (rows, query_heads, value_dim)),
-        carray(_floats(a[5]), a[24]),
-        carray(_ints(a[6]), rows),
-        carray(_ints(a[7]), segments + 1),
-        carray(_ints(a[8]), segments + 1),
-        carray(_ints(a[9]), a[23]),
-        carray(_ints(a[10]), segments + 1),
-        carray(_ints(a[11]), a[25]),
-        carray(_ints(a[12]), (a[26], 8)),
-        carray(_floats(a[13]), (heads, a[27], a[28], value_dim + 2)),
-        carray(_longs(a[14]), (heads, a[27])),
+        carray(floats_at(a[4]), (rows, query_heads, value_dim)),
+        carray(floats_at(a[5]), a[24]),
+        carray(ints_at(a[6]), rows),
+        carray(ints_at(a[7]), segments + 1),
+        carray(ints_at(a[8]), segments + 1),
+        carray(ints_at(a[9]), a[23]),
+        carray(ints_at(a[10]), segments + 1),
+        carray(ints_at(a[11]), a[25]),
+        carray(ints_at(a[12]), (a[26], 8)),
+        carray(floats_at(a[13]), (heads, a[27], a[28], value_dim + 2)),
+        carray(longs_at(a[14]), (heads, a[27])),
         a[29],
         numbers[0],
         numbers[1],
@@ -435,16 +371,26 @@ _BLOCK_POINTER = types.void(types.CPointer(types.int64))
 
 def compile_worker(storage: str, *, cache: bool) -> Any:
     """The worker for planes of "float32" or "bfloat16": a C function of a pointer to an argument block, at ``.address``."""
+    # Numba's cache knows a function by its own file and by what it encloses; the other files come in as the latter.
+    sources = _digest()
     if storage == "float32":
 
         def worker(block: Any) -> None:
+            _ = sources
             a = carray(block, FIELDS)
-            _start(a, carray(_floats(a[2]), (a[18], a[19], a[20])), carray(_floats(a[3]), (a[18], a[19], a[21])))
+            _start(a, carray(floats_at(a[2]), (a[18], a[19], a[20])), carray(floats_at(a[3]), (a[18], a[19], a[21])))
 
     else:
 
         def worker(block: Any) -> None:
+            _ = sources
             a = carray(block, FIELDS)
-            _start(a, carray(_halves(a[2]), (a[18], a[19], a[20])), carray(_halves(a[3]), (a[18], a[19], a[21])))
+            _start(a, carray(halves_at(a[2]), (a[18], a[19], a[20])), carray(halves_at(a[3]), (a[18], a[19], a[21])))
 
     return cfunc(_BLOCK_POINTER, cache=cache)(worker)
+
+
+def _digest() -> int:
+    """A number that changes with the files this one is compiled from."""
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (numerics, tiles))
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
