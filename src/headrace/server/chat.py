@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from headrace.server import refused
 from headrace.server.feed import Piece
-from headrace.server.generate import Head, answer, make_job
+from headrace.server.generate import Head, SLOHeader, answer, make_job
 from headrace.server.limits import require_json
 from headrace.server.logprobs import chat_logprobs
 from headrace.server.prompts import chat_prompt, fit
@@ -74,7 +74,7 @@ class ChatShape:
     response_model=ChatReply,
     responses={200: or_stream("chat.completion.chunk"), **error_replies(400, 401, 404, 408, 413, 415, 429, 500, 503)},
 )
-async def chat_completions(request: Request, body: ChatBody, server: Server) -> Response:
+async def chat_completions(request: Request, body: ChatBody, server: Server, slo: SLOHeader = None) -> Response:
     """Answer a conversation."""
     card = server.check_model(body.model)
     refused.check(body)
@@ -92,6 +92,7 @@ async def chat_completions(request: Request, body: ChatBody, server: Server) -> 
         tokenizer=tokenizer,
         prompts=[prompt],
         params=params,
+        slo_header=slo,
     )
     shape = ChatShape(job.head, tokenizer, logprobs=params.logprobs is not None)
     return await answer(server, request, body, job, shape)

@@ -49,6 +49,7 @@ class Choice:
         self._stop_ids = frozenset(request.params.stop_token_ids)
         self._stream = stream
         self._unread: Piece | None = None
+        self._texts: list[str] = []  # its text, joined when it is taken
         self._taken = False
 
     @property
@@ -73,7 +74,7 @@ class Choice:
         if piece is None:
             piece = self._unread = Piece(self.index, first=not self._taken)
             self._taken = True
-        piece.text += part.text
+        self._texts.append(part.text)
         piece.logprobs.extend(part.logprobs or ())
         if part.done:
             piece.finish_reason = self.finish_reason
@@ -95,6 +96,9 @@ class Choice:
     def take(self) -> Piece | None:
         """What is new since the last call."""
         piece, self._unread = self._unread, None
+        if piece is not None:
+            piece.text = "".join(self._texts)
+            self._texts.clear()
         return piece
 
 

@@ -8,8 +8,9 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+from fastapi import Header
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
@@ -17,13 +18,18 @@ from headrace.core.protocols import ModelCard
 from headrace.core.request import Request, SamplingParams
 from headrace.server.errors import json_response
 from headrace.server.feed import Feed, Piece
-from headrace.server.sampling import SLO_HEADER, resolve_slo
+from headrace.server.sampling import resolve_slo
 from headrace.server.schemas import GenerationBody
 from headrace.server.serving import Serving
 from headrace.server.stream import EventStream, watch
 
 if TYPE_CHECKING:
     from headrace.models.tokenizer import Tokenizer
+
+
+SLOHeader = Annotated[
+    str | None, Header(alias="X-Headrace-SLO", description="Latency targets, as in `ttft_ms=200,tpot_ms=50`.")
+]
 
 
 class Shape(Protocol):
@@ -80,11 +86,12 @@ def make_job(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
+    slo_header: str | None = None,
 ) -> Job:
     """Turn prompts and parameters into engine requests, with the client's targets, priority and label."""
     settings = serving.settings
     name = f"{prefix}-{uuid.uuid4().hex}"
-    slo = resolve_slo(body, http.headers.get(SLO_HEADER), settings.tiers, settings.tier_names())
+    slo = resolve_slo(body, slo_header, settings.tiers, settings.tier_names())
     requests = tuple(
         Request(
             id=name if len(prompts) == 1 else f"{name}-{number}",

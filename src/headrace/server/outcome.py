@@ -47,11 +47,7 @@ class Outcome:
     @property
     def met(self) -> bool | None:
         """Whether the targets were met; None without targets. An answer of one token has no TPOT to miss."""
-        pairs = [(self.slo.ttft_ms, self.ttft_ms), (self.slo.tpot_ms, self.tpot_ms)]
-        wanted = [(target, seen) for target, seen in pairs if target is not None]
-        if not wanted:
-            return None
-        return bool(self.timings) and all(seen is None or seen <= target for target, seen in wanted)
+        return self.slo.met_by(self.ttft_ms, self.tpot_ms)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's ``usage`` with our ``slo``."""

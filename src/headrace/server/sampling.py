@@ -12,7 +12,6 @@ from headrace.core.request import SLO, SamplingParams, Structure
 from headrace.engine.grammar import field_of, validate
 from headrace.server.schemas import ChatBody, CompletionBody, GenerationBody, ResponseFormat, StructuredOutputs
 
-SLO_HEADER = "x-headrace-slo"
 _SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "stop", "stop_token_ids", "min_tokens", "ignore_eos", "skip_special_tokens",

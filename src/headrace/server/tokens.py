@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from headrace.core.errors import InvalidRequest
-from headrace.server.errors import json_response
+from headrace.server.errors import encode, json_response
 from headrace.server.limits import require_json
 from headrace.server.prompts import chat_prompt, off_loop
 from headrace.server.replies import DetokenizeReply, TokenizeReply, error_replies
@@ -30,8 +30,13 @@ async def tokenize(body: TokenizeBody, server: Server) -> Response:
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
         tokens = await off_loop(server, len(text), "prompt", lambda: tokenizer.encode(text, special))
-    texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": card.context, "token_strs": texts})
+
+    def answer() -> bytes:
+        texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        return encode({"tokens": tokens, "count": len(tokens), "max_model_len": card.context, "token_strs": texts})
+
+    content = await off_loop(server, len(tokens), "prompt", answer)
+    return Response(content, media_type="application/json")
 
 
 @router.post("/detokenize", response_model=DetokenizeReply, responses=_ERRORS)
