@@ -165,3 +165,20 @@ def test_compiled_code_is_known_by_all_its_sources(monkeypatch: pytest.MonkeyPat
     changed.write_text(Path(str(tiles.__file__)).read_text().replace("BLOCK = 64", "BLOCK = 32"))
     monkeypatch.setattr(tiles, "__file__", str(changed))
     assert kernel._digest() != before
+
+
+@pytest.mark.parametrize("wrong", ["rows", "slots", "heads", "dim"])
+def test_sizes_that_do_not_fit_are_refused(wrong: str) -> None:
+    """The kernel checks no index, so what could lead it outside of its arrays must not reach it."""
+    case = build(np.random.default_rng(10), [("decode", 20, 1)])
+    changed = {
+        "rows": {"q": torch.cat([case.q, case.q])},
+        "slots": {"k": case.k[:5], "v": case.v[:5]},
+        "heads": {"q": torch.cat([case.q, case.q[:, :1]], 1)},
+        "dim": {"q": case.q[..., :8]},
+    }[wrong]
+    with pytest.raises(ValueError, match=r"rows and the planes|do not fit"):
+        replace(case, **changed).run(NUMBA)
+    negative = replace(case, segments=[replace(s, write_slots=-s.write_slots - 1) for s in case.segments])
+    with pytest.raises(ValueError, match="slots start at 0"):
+        negative.run(NUMBA)

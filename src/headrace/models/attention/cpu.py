@@ -22,11 +22,27 @@ SERIAL = 1 << 18
 STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+class _Room:
+    """A growing array whose address is kept, because asking numpy for one takes longer than a small kernel call."""
+
+    def __init__(self, dtype: type) -> None:
+        self._array: NDArray[Any] = np.zeros(1, dtype)
+        self.address = self._array.ctypes.data
+
+    def hold(self, size: int) -> int:
+        """The address of at least ``size`` numbers; new ones are 0."""
+        if size > len(self._array):
+            self._array = np.zeros(size, self._array.dtype)
+            self.address = self._array.ctypes.data
+        return self.address
+
+
 @dataclass(slots=True)
 class _Cut:
     """The work of a step for one head group and window (see ``tiles.plan``)."""
 
     tiles: NDArray[np.int32]
+    address: int
     window: int
     pairs: int  # (row, key) pairs
     parts: int  # room for partial sums
@@ -34,9 +50,14 @@ class _Cut:
 
 @dataclass(slots=True)
 class NumbaStep(AttentionStep):
-    """Key slots per segment, cuts per (head group, window), and what the fallback needs, made when it is needed."""
+    """Key slots per segment, cuts per (head group, window), and what the fallback needs, made when it is needed.
+
+    ``addresses`` are fields 6 to 11 of the kernel's argument block; ``top_slot`` is the highest slot read.
+    """
 
     keys: NDArray[np.int32]
+    addresses: tuple[int, ...]
+    top_slot: int
     device: torch.device
     cuts: dict[tuple[int, int | None], _Cut] = field(default_factory=dict)
     fallback: ReferenceStep | None = None
@@ -54,9 +75,10 @@ class NumbaAttention(AttentionBackend):
         self._block = np.zeros(31, np.int64)
         self._counters = np.zeros(2, np.int64)
         self._numbers = np.zeros(2, np.float32)
-        self._partial = np.zeros(1, np.float32)
-        self._done = np.zeros(1, np.int64)
-        self._scratch = np.zeros(1, np.float32)
+        self._fixed = tuple(array.ctypes.data for array in (self._block, self._counters, self._numbers))
+        self._partial = _Room(np.float32)
+        self._done = _Room(np.int64)  # counters that rest at 0
+        self._scratch = _Room(np.float32)
         self._reference = ReferenceAttention()
 
     @staticmethod
@@ -71,7 +93,11 @@ class NumbaAttention(AttentionBackend):
         keys = np.empty(len(batch.context_slots) + len(batch.write_slots), np.int32)
         starts = batch.context_starts, batch.query_starts
         _compiled("join_keys")(*starts, batch.context_slots, batch.write_slots, keys)
-        return NumbaStep(batch, keys, device)
+        arrays = batch.positions, *starts[::-1], keys, batch.mask_starts, batch.mask_words
+        addresses = tuple(array.ctypes.data for array in arrays)
+        if len(keys) and keys.min() < 0:
+            raise ValueError(f"slot {keys.min()} in the batch: slots start at 0")
+        return NumbaStep(batch, keys, addresses, int(keys.max(initial=-1)), device)
 
     def attend(
         self,
@@ -92,17 +118,19 @@ class NumbaAttention(AttentionBackend):
             return self._reference.attend(
                 q, k_plane, v_plane, step.fallback, scale=scale, window=window, softcap=softcap, sinks=sinks
             )
+        _check(q, k_plane, v_plane, step)
+        heads = k_plane.shape[1]
         queries = q.detach().to(torch.float32).contiguous()
-        out = torch.empty(q.shape[0], q.shape[1], v_plane.shape[2])
         extra = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
-        cut = _cut(step, q.shape[1] // k_plane.shape[1], window)
-        self._numbers[:] = scale, softcap or 0.0
+        out = torch.empty(q.shape[0], q.shape[1], v_plane.shape[2])
+        cut = _cut(step, q.shape[1] // heads, window)
         work = cut.pairs * q.shape[1] * q.shape[2]
-        threads = 1 if work < SERIAL else min(torch.get_num_threads(), len(cut.tiles) * k_plane.shape[1])
-        self._fill(queries, k_plane, v_plane, out, extra, step, cut)
-        self._block[30] = self._scratch_for(threads, q.shape[1] // k_plane.shape[1], q.shape[2], v_plane.shape[2])
-        team.run(_compiled(storage).address, self._block.ctypes.data, threads=threads)
-        return out.to(q.dtype)
+        threads = 1 if work < SERIAL else min(torch.get_num_threads(), len(cut.tiles) * heads)
+        self._numbers[0], self._numbers[1] = scale, softcap or 0.0
+        self._counters.fill(0)
+        self._fill(queries, k_plane, v_plane, out, extra, step, cut, threads)
+        team.run(_compiled(storage).address, self._fixed[0], threads=threads)
+        return out if out.dtype == q.dtype else out.to(q.dtype)
 
     def _fill(
         self,
@@ -113,59 +141,49 @@ class NumbaAttention(AttentionBackend):
         sinks: torch.Tensor | None,
         step: NumbaStep,
         cut: _Cut,
+        threads: int,
     ) -> None:
-        """Write the worker's argument block (its layout stands in ``kernel``), all but the scratch memory."""
-        batch, (slots, heads, dim), wide = step.batch, k.shape, v.shape[2]
+        """Write the worker's argument block; its layout stands in ``kernel``."""
+        (slots, heads, dim), wide = k.shape, v.shape[2]
         packed = max(PACKED, q.shape[1] // heads)
-        if cut.parts:
-            self._room(heads * cut.parts, packed * (wide + 2))
-        self._counters[:] = 0
-        self._block[:30] = (
-            self._counters.ctypes.data,
+        self._block[:] = (
+            self._fixed[1],
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
             out.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
-            batch.positions.ctypes.data,
-            batch.query_starts.ctypes.data,
-            batch.context_starts.ctypes.data,
-            step.keys.ctypes.data,
-            batch.mask_starts.ctypes.data,
-            batch.mask_words.ctypes.data,
-            cut.tiles.ctypes.data,
-            self._partial.ctypes.data,
-            self._done.ctypes.data,
-            self._numbers.ctypes.data,
-            len(q),
+            *step.addresses,
+            cut.address,
+            self._partial.hold(heads * cut.parts * packed * (wide + 2)),
+            self._done.hold(heads * cut.parts),
+            self._fixed[2],
+            q.shape[0],
             q.shape[1],
             slots,
             heads,
             dim,
             wide,
-            batch.segments,
+            step.batch.segments,
             len(step.keys),
-            0 if sinks is None else len(sinks),
-            len(batch.mask_words),
+            0 if sinks is None else q.shape[1],
+            len(step.batch.mask_words),
             len(cut.tiles),
             cut.parts,
             packed,
             cut.window,
+            self._scratch.hold(threads * scratch_size(q.shape[1] // heads, dim, wide)),
         )
 
-    def _scratch_for(self, threads: int, group: int, dim: int, wide: int) -> int:
-        """The address of scratch memory for ``threads`` workers."""
-        size = threads * scratch_size(group, dim, wide)
-        if size > len(self._scratch):
-            self._scratch = np.empty(size, np.float32)
-        return self._scratch.ctypes.data
 
-    def _room(self, parts: int, size: int) -> None:
-        """Have room for ``parts`` partial results of ``size`` numbers; the counters beside them rest at zero."""
-        if parts * size > len(self._partial):
-            self._partial = np.empty(parts * size, np.float32)
-        if parts > len(self._done):
-            self._done = np.zeros(parts, np.int64)
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: NumbaStep) -> None:
+    """Raise ValueError for sizes that would send the kernel outside of its arrays."""
+    if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1] or v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"q {tuple(q.shape)}, K {tuple(k.shape)} and V {tuple(v.shape)} do not fit each other")
+    if q.shape[0] != step.batch.tokens or step.top_slot >= k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} rows and the planes {k.shape[0]} slots; the batch needs {step.batch.tokens} and {step.top_slot + 1}"
+        )
 
 
 def _cut(step: NumbaStep, group: int, window: int | None) -> _Cut:
@@ -179,7 +197,7 @@ def _cut(step: NumbaStep, group: int, window: int | None) -> _Cut:
         pairs = (made[:, 2] - made[:, 1]).astype(np.int64) * (made[:, 4] - made[:, 3])
         made = np.ascontiguousarray(made[np.argsort(-pairs, kind="stable")])
         parts = int((made[:, 6] > 1).sum())
-        step.cuts[group, window] = _Cut(made, width, int(pairs.sum()), parts)
+        step.cuts[group, window] = _Cut(made, made.ctypes.data, width, int(pairs.sum()), parts)
     return step.cuts[group, window]
 
 
