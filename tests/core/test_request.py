@@ -93,3 +93,21 @@ def test_a_virtual_clock_moves_only_forward() -> None:
     assert clock.now() == 5.5
     with pytest.raises(ValueError, match="backwards"):
         clock.advance(-1)
+
+
+@pytest.mark.parametrize(
+    ("slo", "ttft", "tpot", "met"),
+    [
+        (SLO(), 10.0, 10.0, None),
+        (SLO(ttft_ms=10), 10.0, None, True),
+        (SLO(ttft_ms=10), 10.1, None, False),
+        (SLO(tpot_ms=10), 99.0, 10.0, True),
+        (SLO(tpot_ms=10), 1.0, 10.1, False),
+        (SLO(tpot_ms=10), 1.0, None, True),
+        (SLO(ttft_ms=10, tpot_ms=10), 1.0, 11.0, False),
+        (SLO(ttft_ms=10, tpot_ms=10), 11.0, 1.0, False),
+        (SLO(tpot_ms=10), None, None, False),
+    ],
+)
+def test_when_targets_are_met(slo: SLO, ttft: float | None, tpot: float | None, met: bool | None) -> None:
+    assert slo.met_by(ttft, tpot) is met

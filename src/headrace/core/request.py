@@ -35,6 +35,18 @@ class SLO:
                     f"slo.{name} is {value!r}: give milliseconds above 0, or leave it out", field=f"slo.{name}"
                 )
 
+    def met_by(self, ttft_ms: float | None, tpot_ms: float | None) -> bool | None:
+        """Whether measured latencies meet the targets; None without targets.
+
+        ``ttft_ms`` None means that no token came, which meets nothing; a single token has no TPOT to miss.
+        """
+        if self.ttft_ms is None and self.tpot_ms is None:
+            return None
+        if ttft_ms is None:
+            return False
+        in_time = self.ttft_ms is None or ttft_ms <= self.ttft_ms
+        return in_time and (self.tpot_ms is None or tpot_ms is None or tpot_ms <= self.tpot_ms)
+
 
 @dataclass(frozen=True, slots=True)
 class Structure:

@@ -90,15 +90,10 @@ def summarise(timings: list[RequestTiming], slo: SLO) -> RequestMetrics:
     """The metrics of a request from the timings of its answers; the slowest counts, so an SLO is met when all meet it."""
     ttft = max((t.ttft_ms for t in timings if t.ttft_ms is not None), default=None)
     tpot = max((t.tpot_ms for t in timings if t.tpot_ms is not None), default=None)
-    checks = []
-    if slo.ttft_ms is not None:
-        checks.append(ttft is not None and ttft <= slo.ttft_ms)
-    if slo.tpot_ms is not None:
-        checks.append(tpot is None or tpot <= slo.tpot_ms)  # a single token has no decode time
     return RequestMetrics(
         ttft_ms=ttft,
         tpot_ms=tpot,
         cached_tokens=max((t.cached_tokens for t in timings), default=0),
         preemptions=sum(t.preemptions for t in timings),
-        slo_met=all(checks) if checks else None,
+        slo_met=slo.met_by(ttft, tpot),
     )
