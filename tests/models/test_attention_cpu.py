@@ -16,6 +16,7 @@ from tests.models.attention_cases import Case, brute_force, build, cases, worst
 
 from headrace.models.attention import cpu, kernel, team, tiles
 from headrace.models.attention.cpu import NumbaAttention
+from headrace.models.attention.dense import is_dense
 
 NUMBA = NumbaAttention()
 
@@ -64,6 +65,21 @@ def test_rows_do_not_depend_on_their_batch(case: Case) -> None:
         alone = replace(case, segments=[segment], q=case.q[rows])
         assert torch.equal(alone.run(NUMBA), together[rows])
         at = rows.stop
+
+
+@pytest.mark.parametrize("window", [None, 200, 700])
+@pytest.mark.parametrize("plain", [True, False])
+def test_long_chunks(window: int | None, plain: bool) -> None:
+    """Chunks left to torch beside segments that are not; with a soft cap everything stays in the kernel."""
+    shapes = [("chain", 600, 130), ("decode", 70, 1), ("tree", 500, 60), ("chain", 0, 128), ("chain", 90, 520)]
+    case = build(np.random.default_rng(11), shapes, window=window, softcap=None if plain else 3.0, dims=(16, 24))
+    dense = [bool(x) for x in is_dense(case.batch, window)]
+    assert dense == [window != 200, False, False, False, True]
+    assert worst(case.run(NUMBA), brute_force(case)) < 2e-5
+    half = replace(case.to(dtype=torch.bfloat16), q=case.q)
+    assert worst(half.run(NUMBA), brute_force(half)) < 2e-5
+    lone = replace(case, segments=case.segments[:1], q=case.q[:130])
+    assert torch.equal(lone.run(NUMBA), case.run(NUMBA)[:130])
 
 
 def test_threads_do_not_change_a_bit() -> None:

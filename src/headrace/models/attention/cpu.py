@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.core.batch import Batch
-from headrace.models.attention import team, tiles
+from headrace.models.attention import dense, team, tiles
 from headrace.models.attention.interface import AttentionBackend, AttentionStep, check_window
 from headrace.models.attention.reference import ReferenceAttention, ReferenceStep
 from headrace.models.attention.tiles import NO_WINDOW, PACKED, scratch_size
@@ -39,13 +39,14 @@ class _Room:
 
 @dataclass(slots=True)
 class _Cut:
-    """The work of a step for one head group and window (see ``tiles.plan``)."""
+    """The work of a step for one head group and window: tiles for the kernel (see ``tiles.plan``) and chunks for torch."""
 
     tiles: NDArray[np.int32]
     address: int
     window: int
     pairs: int  # (row, key) pairs
     parts: int  # room for partial sums
+    chunks: list[dense.Chunk]
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class NumbaStep(AttentionStep):
     addresses: tuple[int, ...]
     top_slot: int
     device: torch.device
-    cuts: dict[tuple[int, int | None], _Cut] = field(default_factory=dict)
+    cuts: dict[tuple[int, int | None, bool], _Cut] = field(default_factory=dict)
     fallback: ReferenceStep | None = None
 
 
@@ -123,13 +124,16 @@ class NumbaAttention(AttentionBackend):
         queries = q.detach().to(torch.float32).contiguous()
         extra = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
         out = torch.empty(q.shape[0], q.shape[1], v_plane.shape[2])
-        cut = _cut(step, q.shape[1] // heads, window)
+        cut = _cut(step, q.shape[1] // heads, window, plain=softcap is None and sinks is None)
         work = cut.pairs * q.shape[1] * q.shape[2]
         threads = 1 if work < SERIAL else min(torch.get_num_threads(), len(cut.tiles) * heads)
         self._numbers[0], self._numbers[1] = scale, softcap or 0.0
         self._counters.fill(0)
         self._fill(queries, k_plane, v_plane, out, extra, step, cut, threads)
-        team.run(_compiled(storage).address, self._fixed[0], threads=threads)
+        if len(cut.tiles):
+            team.run(_compiled(storage).address, self._fixed[0], threads=threads)
+        for chunk in cut.chunks:
+            dense.attend(queries, k_plane, v_plane, out, chunk, scale)
         return out if out.dtype == q.dtype else out.to(q.dtype)
 
     def _fill(
@@ -186,19 +190,24 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: NumbaStep) -
         )
 
 
-def _cut(step: NumbaStep, group: int, window: int | None) -> _Cut:
-    """The tiles for a head group and window, largest first so that threads finish together."""
-    if (group, window) not in step.cuts:
+def _cut(step: NumbaStep, group: int, window: int | None, *, plain: bool) -> _Cut:
+    """The work for a head group and window, tiles largest first so that threads finish together.
+
+    Only ``plain`` attention, without soft cap and sinks, can leave chunks to torch.
+    """
+    key = (group, window, plain)
+    if key not in step.cuts:
         check_window(window)
         batch, width = step.batch, NO_WINDOW if window is None else window
-        made = _compiled("plan")(
-            batch.query_starts, batch.context_starts, batch.mask_starts, batch.positions, group, width
-        )
+        skip = dense.is_dense(batch, window) & plain
+        starts = batch.query_starts, batch.context_starts, batch.mask_starts
+        made = _compiled("plan")(*starts, batch.positions, group, width, skip)
         pairs = (made[:, 2] - made[:, 1]).astype(np.int64) * (made[:, 4] - made[:, 3])
         made = np.ascontiguousarray(made[np.argsort(-pairs, kind="stable")])
         parts = int((made[:, 6] > 1).sum())
-        step.cuts[group, window] = _Cut(made, made.ctypes.data, width, int(pairs.sum()), parts)
-    return step.cuts[group, window]
+        chunks = dense.chunks(batch, skip, window)
+        step.cuts[key] = _Cut(made, made.ctypes.data, width, int(pairs.sum()), parts, chunks)
+    return step.cuts[key]
 
 
 @functools.cache

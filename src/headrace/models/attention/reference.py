@@ -16,7 +16,7 @@ ROWS = 256
 
 
 @dataclass(slots=True)
-class _Piece:
+class Piece:
     """One segment: its rows, the slots of all keys it may see, and the mask before any window."""
 
     rows: slice
@@ -35,7 +35,7 @@ class _Piece:
 class ReferenceStep(AttentionStep):
     """Segments of a step with their masks, kept per window."""
 
-    pieces: list[_Piece]
+    pieces: list[Piece]
     masks: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)
 
     def masks_for(self, window: int | None) -> list[torch.Tensor]:
@@ -51,7 +51,7 @@ class ReferenceAttention(AttentionBackend):
     name: ClassVar[str] = "reference"
 
     def prepare(self, batch: Batch, device: torch.device) -> ReferenceStep:
-        return ReferenceStep(batch, [_piece(batch, s, device) for s in range(batch.segments)])
+        return ReferenceStep(batch, [piece_of(batch, s, device) for s in range(batch.segments)])
 
     def attend(
         self,
@@ -69,8 +69,8 @@ class ReferenceAttention(AttentionBackend):
         group = q.shape[1] // k_plane.shape[1]
         for piece, mask in zip(step.pieces, step.masks_for(window), strict=True):
             rows = q[piece.rows].transpose(0, 1).float()
-            keys = _heads(k_plane, piece.slots, group)
-            values = _heads(v_plane, piece.slots, group)
+            keys = gathered(k_plane, piece.slots, group)
+            values = gathered(v_plane, piece.slots, group)
             if softcap is None and sinks is None:
                 result = scaled_dot_product_attention(rows[None], keys[None], values[None], mask, scale=scale)[0]
             else:
@@ -79,7 +79,8 @@ class ReferenceAttention(AttentionBackend):
         return out
 
 
-def _piece(batch: Batch, s: int, device: torch.device) -> _Piece:
+def piece_of(batch: Batch, s: int, device: torch.device) -> Piece:
+    """Segment ``s`` of ``batch`` with everything it may see."""
     start, stop = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
     first, last = int(batch.context_starts[s]), int(batch.context_starts[s + 1])
     n, c = stop - start, last - first
@@ -94,7 +95,7 @@ def _piece(batch: Batch, s: int, device: torch.device) -> _Piece:
     else:
         own = torch.ones(n, n, dtype=torch.bool, device=device).tril()
     queries_at = put(batch.positions[start:stop])
-    return _Piece(
+    return Piece(
         rows=slice(start, stop),
         slots=torch.cat([put(batch.context_slots[first:last]), put(batch.write_slots[start:stop])]),
         queries_at=queries_at,
@@ -103,7 +104,7 @@ def _piece(batch: Batch, s: int, device: torch.device) -> _Piece:
     )
 
 
-def _heads(plane: torch.Tensor, slots: torch.Tensor, group: int) -> torch.Tensor:
+def gathered(plane: torch.Tensor, slots: torch.Tensor, group: int) -> torch.Tensor:
     """[Hq, keys, D] float32 of the given slots, each K/V head repeated for its group of query heads."""
     return plane.index_select(0, slots).transpose(0, 1).float().repeat_interleave(group, 0)
 

@@ -34,7 +34,7 @@ def join_keys(contexts: Any, queries: Any, slots: Any, writes: Any, keys: Any) -
 
 
 def plan(
-    queries: Any, contexts: Any, masks: Any, positions: Any, group: int, window: int
+    queries: Any, contexts: Any, masks: Any, positions: Any, group: int, window: int, skip: Any
 ) -> Any:  # fmt: skip
     """Cut a batch into tiles and parts, once per step for each head group and window among the layers.
 
@@ -42,6 +42,7 @@ def plan(
         queries, contexts, masks, positions: of the batch.
         group: query heads per K/V head.
         window: keys a row sees at most; ``NO_WINDOW`` for all.
+        skip: bool[S], segments to leave out.
 
     Returns:
         int32[n, 8]: segment, first and last row, first and last key (of context then own rows), number of the part, number of
@@ -55,6 +56,8 @@ def plan(
     tiles = np.empty((limit, 8), np.int32)
     count, room = 0, 0
     for s in range(len(queries) - 1):
+        if skip[s]:
+            continue
         start, stop, held = queries[s], queries[s + 1], contexts[s + 1] - contexts[s]
         for first in range(start, stop, rows_most):
             last = min(first + rows_most, stop)
