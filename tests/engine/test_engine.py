@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.fake import EOS, answer, engine, request
 
-from headrace.core.errors import ContextTooLong, InvalidRequest, OutOfMemory
+from headrace.core.errors import ContextTooLong, HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import SequenceDelta
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.engine import Engine
@@ -118,12 +118,77 @@ def test_preemption_happens_and_is_counted() -> None:
         assert tokens(out[job.id, 0]) == answer(job)
 
 
+def test_what_a_preempted_request_finds_of_its_own_does_not_count_as_cached() -> None:
+    built = engine(60)
+    jobs = [request(f"r{i}", [i + 1] * 10, max_tokens=30, ignore_eos=True) for i in range(4)]
+    for job in jobs:
+        built.add(job)
+    timings = [deltas[-1].timing for deltas in run(built).values()]
+    assert max(t.preemptions for t in timings) > 0
+    assert [t.cached_tokens for t in timings] == [0] * 4
+    assert built.stats().cached_tokens == 0
+
+
 def test_one_sequence_may_use_the_whole_pool() -> None:
     """Never below one running request: the last one is not preempted and reaches the end of the pool."""
     built = engine(64)
     job = request("a", [1] * 10, max_tokens=54, ignore_eos=True)
     built.add(job)
     assert tokens(run(built)["a", 0]) == answer(job)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    jobs=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 30), st.integers(1, 4), st.integers(-1, 1)), min_size=2, max_size=8
+    ),
+    policy=st.sampled_from(["chunked", "prefill-first"]),
+    budget=st.sampled_from([8, 11, 40]),
+    stagger=st.integers(0, 3),
+)
+def test_a_pool_that_is_far_too_small_only_slows_down(jobs, policy, budget, stagger) -> None:
+    """Common prefixes, priorities and forks in a pool of one context: everybody ends, with the right answer."""
+    built = engine(62, policy=policy, max_step_tokens=budget, max_prefill_tokens=budget)
+    requests = [
+        Request(f"r{i}", (3,) * shared + (i,), SamplingParams(n=n, max_tokens=m, seed=i, ignore_eos=True), priority=p)
+        for i, (shared, m, n, p) in enumerate(jobs)
+    ]
+    out: Answers = defaultdict(list)
+    for job in requests:
+        built.add(job)
+        for _ in range(stagger):
+            for delta in built.step():
+                out[delta.request_id, delta.index].append(delta)
+    for key, deltas in run(built, 5_000).items():
+        out[key] += deltas
+    for job in requests:
+        for index in range(job.params.n):
+            assert tokens(out[job.id, index]) == answer(job, index)
+    assert_empty(built)
+
+
+def test_a_copy_of_a_published_prefix_does_not_block_the_last_sequence() -> None:
+    """Two compute the same prefix in one step; the tree keeps one copy, which the owner of the other must not pin for ever."""
+    built = engine(64)
+    first, last = (
+        request("a", [1] * 10 + [3], max_tokens=2),
+        request("b", [1] * 10 + [2], max_tokens=53, ignore_eos=True),
+    )
+    built.add(first)
+    built.add(last)
+    assert tokens(run(built, 200)["b", 0]) == answer(last)
+    assert_empty(built)
+
+
+def test_the_less_urgent_never_preempts_the_more_urgent() -> None:
+    built = engine(64, max_step_tokens=8, prefix_cache=False)
+    built.add(Request("later", (1,) * 10, SamplingParams(max_tokens=54, seed=1, ignore_eos=True), priority=5))
+    built.step()
+    built.step()
+    built.add(Request("urgent", (2,) * 50, SamplingParams(max_tokens=5, seed=1, ignore_eos=True), priority=0))
+    ends = [d for deltas in run(built).values() for d in deltas if d.reason]
+    assert [(d.request_id, d.timing.preemptions) for d in ends] == [("later", 1), ("urgent", 0)]
+    assert ends[1].timing.last_token < ends[0].timing.last_token
 
 
 def test_prefix_is_reused_and_counted() -> None:
@@ -212,6 +277,62 @@ def test_several_tokens_commit_at_once_and_stop_at_the_first_end() -> None:
     (delta,) = built.step()
     assert delta.tokens == [4, 9]
     assert (delta.reason, delta.stop_token) == ("stop", 9)
+
+
+def test_tokens_before_a_failed_one_are_delivered() -> None:
+    built = engine()
+    built.add(request("a", [1, 2, 3], max_tokens=6, ignore_eos=True))
+    built.step()
+    sequence = next(iter(built._running.values()))
+    sequence.hold(built.space.reserve(1))
+    sequence.context += 1
+    built.commit(sequence, [Sampled(4), Sampled(-1, error=HeadraceError("bad logits"))], 101.0)
+    deltas = run(built)["a", 0]
+    assert [(d.tokens, d.reason) for d in deltas] == [([4], None), ([], "error")]
+    assert_empty(built)
+
+
+def test_a_prompt_whose_logits_are_bad_is_not_left_to_be_found() -> None:
+    built = engine()
+    sample = built.sampler.sample
+    built.sampler.sample = lambda result, rows: [Sampled(-1, error=HeadraceError("bad logits")) for _ in rows]
+    built.add(request("a", [1] * 10, n=2))
+    assert [d.reason for deltas in run(built).values() for d in deltas] == ["error", "error"]
+    assert built.stats().slots_cached == 0
+    built.sampler.sample = sample
+    built.add(request("b", [1] * 10))
+    assert run(built)["b", 0][-1].timing.cached_tokens == 0
+
+
+def test_an_interrupt_in_the_forward_leaks_no_slot() -> None:
+    built = engine()
+    built.add(request("a", [1] * 40, max_tokens=5, ignore_eos=True))
+    built.step()
+    inner = built.runner.run
+
+    def interrupted(batch: object) -> None:
+        raise KeyboardInterrupt
+
+    built.runner.run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        built.step()
+    built.runner.run = inner
+    built.close()
+    run(built)
+    assert_empty(built)
+
+
+def test_a_sequence_cancelled_before_its_birth_ends_alone() -> None:
+    built = engine(max_step_tokens=8)
+    job = request("a", [1] * 20, n=3, max_tokens=4, ignore_eos=True)
+    built.add(job)
+    built.step()
+    built.cancel("a", 0)
+    built.cancel("a", 2)
+    out = run(built)
+    assert {index: deltas[-1].reason for (_, index), deltas in out.items()} == {0: "abort", 1: "length", 2: "abort"}
+    assert tokens(out["a", 1]) == answer(job, 1)
+    assert_empty(built)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ class StepPlan:
     Attributes:
         chunks: (sequence id, tokens) in order of importance; a decoding sequence gets 1. A count above what is pending is
             cut to it.
-        victims: ids to preempt, first to go first, should slots run out. Sequences left out are never preempted.
+        victims: ids to preempt, first to go first, should slots run out. A sequence preempts only those before it in this
+            order (any, if it is not in it), and none that has got its chunk of this step. Those left out are never preempted.
     """
 
     chunks: list[tuple[int, int]] = field(default_factory=list)
@@ -106,7 +107,7 @@ class Policy(Protocol):
     """Decides who runs. Both calls are pure functions of the view."""
 
     def admit(self, view: View) -> list[int]:
-        """Ids of waiting sequences to admit now, in order; the engine stops at the first that does not fit."""
+        """Ids of waiting sequences to admit now, in order; the engine admits them all."""
 
     def plan(self, view: View) -> StepPlan:
         """What the admitted sequences do in this step."""

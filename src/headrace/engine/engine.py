@@ -6,6 +6,7 @@ It knows nothing of texts, sockets or processes, and meets the model only as a :
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Protocol
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from headrace.core.request import Structure
     from headrace.engine.grammar import CompiledGrammar, GrammarState
 
-_FIRST = np.zeros(1, np.int32)
 _NONE = np.empty(0, np.int32)
 
 
@@ -109,7 +109,7 @@ class Engine:
         request = complete_request(request, self.card, self.limits, now=self.clock.now())
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
-        sequence = self._first_sequence(request)
+        sequence = Sequence.of(request, self.card, self._take_id())
         structure = request.params.structure
         if structure is None:
             self._waiting.push(sequence)
@@ -120,22 +120,28 @@ class Engine:
         self._requests[request.id] = [sequence]
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Stop a request, or one of its sequences, now; unknown ids are ignored."""
+        """Stop a request, or one of its sequences, now (one that is not born yet, as it is born); unknown ids are ignored."""
         for sequence in list(self._requests.get(request_id, ())):
-            if index is None or sequence.index == index:
-                self._finish(sequence, SequenceDelta(request_id, sequence.index, reason="abort"))
-                self._stats.aborted += 1
+            if index is not None and sequence.width > 1:
+                sequence.unwanted.add(index)
+            elif index is None or sequence.index == index:
+                self._abort(sequence)
 
     def step(self) -> list[SequenceDelta]:
         """Run one step and return what it brought forth (also of cancels and failures since the last)."""
         started = time.perf_counter()
         self._start_compiled()
         self._admit()
-        segments, scheduled = self._assemble(self.policy.plan(self._view()))
+        plan = self.policy.plan(self._view())
+        segments, scheduled = self._assemble(plan)
         if segments:
             self._run(segments, scheduled)
             self._stats.steps += 1
             self._stats.step_ms = (time.perf_counter() - started) * 1e3
+        elif victim := next((v for v in plan.victims if v in self._running), None):
+            # Everyone holds slots and nobody gets another: the least urgent gives way, or, alone, swaps its copy of a prefix
+            # for the one that another published.
+            self._preempt(self._running[victim])
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -152,23 +158,11 @@ class Engine:
         for request_id in list(self._requests):
             self.cancel(request_id)
 
-    # ---- admission -------------------------------------------------------------------------------------------
+    def _abort(self, sequence: Sequence) -> None:
+        self._finish(sequence, SequenceDelta(sequence.request.id, sequence.index, reason="abort"))
+        self._stats.aborted += 1
 
-    def _first_sequence(self, request: Request) -> Sequence:
-        params = request.params
-        assert params.seed is not None
-        assert params.max_tokens is not None
-        eos = () if params.ignore_eos else self.card.stop_ids
-        sequence = Sequence(
-            self._take_id(),
-            request,
-            0,
-            draw_key=stream_key(params.seed, 0),
-            stop_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
-            max_tokens=params.max_tokens,
-        )
-        sequence.width = params.n
-        return sequence
+    # ---- admission -------------------------------------------------------------------------------------------
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -203,38 +197,38 @@ class Engine:
             self._waiting.discard(sequence)
             self._running[number] = sequence
             sequence.running = True
-            sequence.timing.cached_tokens = max(sequence.timing.cached_tokens, self._attach(sequence))
-            if sequence.timing.first_scheduled is None:
+            cached = self.space.attach(sequence)
+            if sequence.timing.first_scheduled is None:  # what it finds after a preemption is its own
                 sequence.timing.first_scheduled = self.clock.now()
-
-    def _attach(self, sequence: Sequence) -> int:
-        cached = self.space.attach(sequence)
-        self._stats.cached_tokens += cached
-        return min(cached, sequence.prompt_length)
+                sequence.timing.cached_tokens = cached
+                self._stats.cached_tokens += cached
 
     # ---- assembling a step -----------------------------------------------------------------------------------
 
     def _assemble(self, plan: StepPlan) -> tuple[list[Segment], list[Sequence]]:
         segments: list[Segment] = []
         scheduled: list[Sequence] = []
-        chosen: set[int] = set()
+        served: set[int] = set()
         for number, tokens in plan.chunks:
             sequence = self._running.get(number)
             if sequence is None:  # preempted for one that came before it
                 continue
-            chosen.add(number)
-            slots = self._room(min(tokens, sequence.pending), chosen, plan)
+            slots = self._room(sequence, min(tokens, sequence.pending), served, plan)
             if len(slots):
+                served.add(number)
                 sequence.hold(slots)
-                segments.append(self._segment(sequence, slots))
+                segments.append(sequence.segment(slots))
                 scheduled.append(sequence)
         return segments, scheduled
 
-    def _room(self, count: int, keep: set[int], plan: StepPlan) -> Ints:
-        """Slots for ``count`` tokens, preempting victims outside ``keep``; fewer, perhaps none, when nobody is left."""
-        victims = iter(plan.victims)
+    def _room(self, sequence: Sequence, count: int, served: set[int], plan: StepPlan) -> Ints:
+        """Slots for ``count`` tokens of ``sequence``; fewer, perhaps none, when there is nobody left to preempt for it.
+
+        It may preempt those who go before it in the plan's order of victims, but nobody who is in this step already.
+        """
+        before = itertools.takewhile(lambda number: number != sequence.id, plan.victims)
         while (slots := self.space.reserve(count)) is None:
-            victim = next((v for v in victims if v in self._running and v not in keep), None)
+            victim = next((v for v in before if v in self._running and v not in served), None)
             if victim is None:
                 slots = self.space.reserve(min(count, self.space.available))
                 return _NONE if slots is None else slots
@@ -251,21 +245,6 @@ class Engine:
         self._stats.preemptions += 1
         self._waiting.push(sequence)
 
-    @staticmethod
-    def _segment(sequence: Sequence, slots: Ints) -> Segment:
-        begin, count = sequence.context, len(slots)
-        end = begin + count
-        whole = end == sequence.length
-        wanted = _NONE if not whole else _FIRST if count == 1 else np.array([count - 1], np.int32)
-        return Segment(
-            sequence=sequence.id,
-            tokens=sequence.tokens[begin:end],
-            positions=np.arange(begin, end, dtype=np.int32),
-            write_slots=slots,
-            context_slots=sequence.slots[:begin],
-            wanted=wanted,
-        )
-
     # ---- running and committing ------------------------------------------------------------------------------
 
     def _run(self, segments: list[Segment], scheduled: list[Sequence]) -> None:
@@ -275,6 +254,9 @@ class Engine:
         except OutOfMemory as error:
             self._survive(error, segments, scheduled)
             return
+        except BaseException:  # an interrupt from the keyboard too: whoever catches it finds every slot accounted for
+            self._undo(segments)
+            raise
         self._budget.succeeded()
         self._stats.forward_ms = result.forward_s * 1e3
         self._stats.prefill_tokens += batch.shape.prefill_tokens
@@ -296,10 +278,14 @@ class Engine:
 
     def _survive(self, error: OutOfMemory, segments: list[Segment], scheduled: list[Sequence]) -> None:
         """Undo a step that did not fit and shrink the next ones; a lone sequence at the floor is given up."""
-        for segment in segments:
-            self.space.pool.release(segment.write_slots)
+        self._undo(segments)
         if not self._budget.shrink(sum(len(s.tokens) for s in segments)):
             self._fail(scheduled[-1], error)
+
+    def _undo(self, segments: list[Segment]) -> None:
+        """Hand back the slots a step was to write."""
+        for segment in segments:
+            self.space.pool.release(segment.write_slots)
 
     @staticmethod
     def _draw(sequence: Sequence, row: int) -> Draw:
@@ -318,7 +304,6 @@ class Engine:
         """The sequences that draw from this row: the leader, and its new siblings if its prompt has just ended."""
         if leader.output:
             return [leader]
-        self.space.publish(leader)
         family = [leader]
         assert leader.params.seed is not None
         for index in range(1, leader.width):
@@ -330,7 +315,10 @@ class Engine:
             self._requests[leader.request.id].append(twin)
             family.append(twin)
         leader.width = 1
-        return family
+        for sequence in family:
+            if sequence.index in leader.unwanted:
+                self._abort(sequence)
+        return [sequence for sequence in family if sequence.running]
 
     def commit(self, sequence: Sequence, outcomes: Seq[Sampled], now: float) -> None:
         """Append the tokens a step brought a sequence, up to the first that ends it, and tell its reader.
@@ -343,6 +331,8 @@ class Engine:
             delta.logprobs = []
         for outcome in outcomes:
             if outcome.error is not None:
+                if delta.tokens:
+                    self._deltas.append(delta)
                 self._fail(sequence, outcome.error)
                 return
             sequence.append(outcome.token)
@@ -356,6 +346,8 @@ class Engine:
         if timing.first_token is None:
             timing.first_token = now
             delta.timing = timing
+            if sequence.index == 0:  # not before: logits that are no numbers would leave a bad prompt to be found
+                self.space.publish(sequence)
         timing.last_token = now
         timing.decoded = len(sequence.output)
         if delta.reason is None:

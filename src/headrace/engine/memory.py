@@ -24,9 +24,7 @@ class StepBudget:
         """Halve the budget after a step of ``tokens`` rows failed; False when it is at the floor already."""
         if tokens <= FLOOR:
             return False
-        cap = max(FLOOR, tokens // 2)
-        self.limits = replace(self._full, max_step_tokens=cap, max_prefill_tokens=cap)
-        self._good = 0
+        self._cap(max(FLOOR, tokens // 2))
         return True
 
     def succeeded(self) -> None:
@@ -35,7 +33,12 @@ class StepBudget:
             return
         self._good += 1
         if self._good >= RECOVER_AFTER:
-            self._good = 0
-            cap = 2 * self.limits.max_step_tokens
-            done = cap >= max(self._full.max_step_tokens, self._full.max_prefill_tokens)
-            self.limits = self._full if done else replace(self._full, max_step_tokens=cap, max_prefill_tokens=cap)
+            self._cap(2 * max(self.limits.max_step_tokens, self.limits.max_prefill_tokens))
+
+    def _cap(self, rows: int) -> None:
+        """Bound a step by ``rows`` and by what was configured."""
+        full = self._full
+        step, prefill = min(rows, full.max_step_tokens), min(rows, full.max_prefill_tokens)
+        whole = (step, prefill) == (full.max_step_tokens, full.max_prefill_tokens)
+        self.limits = full if whole else replace(full, max_step_tokens=step, max_prefill_tokens=prefill)
+        self._good = 0

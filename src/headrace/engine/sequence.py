@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headrace.core.batch import Segment
 from headrace.core.outputs import RequestTiming
 from headrace.core.request import SLO, Request, SamplingParams
+from headrace.engine.rng import stream_key
 
 if TYPE_CHECKING:
     from headrace.core.batch import Ints
+    from headrace.core.protocols import ModelCard
     from headrace.engine.grammar import GrammarState
+
+_NONE = np.empty(0, np.int32)
 
 
 class Sequence:
@@ -19,12 +24,12 @@ class Sequence:
 
     ``tokens[:length]`` are all known tokens (prompt, then output); ``slots[:context]`` hold the K and V of the first
     ``context`` of them, in order. A request with ``n > 1`` starts as one sequence of ``width`` n, which forks once its
-    prompt is in slots.
+    prompt is in slots; ``unwanted`` are those of its siblings that were cancelled before.
     """
 
     __slots__ = (
         "arrival", "context", "draw_key", "grammar", "id", "index", "length", "max_tokens", "output", "owner",
-        "priority", "prompt_length", "request", "running", "slo", "slots", "stop_ids", "timing", "tokens", "width",
+        "priority", "prompt_length", "request", "running", "slo", "slots", "stop_ids", "timing", "tokens", "unwanted", "width",
     )  # fmt: skip
 
     def __init__(
@@ -41,6 +46,7 @@ class Sequence:
         self.stop_ids = stop_ids
         self.max_tokens = max_tokens
         self.width = 1
+        self.unwanted: set[int] = set()
         self.running = False
         self.grammar: GrammarState | None = None
         self.prompt_length = len(request.prompt)
@@ -51,6 +57,20 @@ class Sequence:
         self.context = 0
         self.output: list[int] = []
         self.timing = RequestTiming(arrival=request.arrival)
+
+    @classmethod
+    def of(cls, request: Request, card: ModelCard, number: int) -> Sequence:
+        """The sequence that stands for all of ``request``, whose ``seed`` and ``max_tokens`` are set."""
+        params = request.params
+        assert params.seed is not None
+        assert params.max_tokens is not None
+        eos = () if params.ignore_eos else card.stop_ids
+        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+        sequence = cls(
+            number, request, 0, draw_key=stream_key(params.seed), stop_ids=stop_ids, max_tokens=params.max_tokens
+        )
+        sequence.width = params.n
+        return sequence
 
     @property
     def params(self) -> SamplingParams:
@@ -89,6 +109,19 @@ class Sequence:
         """Note ``slots`` as the room for the next ``len(slots)`` pending tokens; ``context`` does not move yet."""
         end = self.context + len(slots)
         self.slots[self.context : end] = slots
+
+    def segment(self, slots: Ints) -> Segment:
+        """The next ``len(slots)`` pending tokens; the logits of the last known one are wanted."""
+        begin, count = self.context, len(slots)
+        end = begin + count
+        return Segment(
+            sequence=self.id,
+            tokens=self.tokens[begin:end],
+            positions=np.arange(begin, end, dtype=np.int32),
+            write_slots=slots,
+            context_slots=self.slots[:begin],
+            wanted=np.arange(count - 1, count, dtype=np.int32) if end == self.length else _NONE,
+        )
 
     def fork(self, number: int, index: int, draw_key: int) -> Sequence:
         """A sibling with the same tokens and slot table (the caller shares the slots' references)."""
