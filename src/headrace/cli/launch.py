@@ -100,7 +100,7 @@ class Launch:
 
     def _on_listen(self, url: str) -> None:
         self._url = url
-        _say(f"headrace listens at {url} and loads {self.config.model}")
+        _say(f"headrace listens at {url} and loads {self.config.model}; the first start compiles kernels, which takes longer")
 
     @contextlib.asynccontextmanager
     async def _background(self) -> AsyncIterator[None]:
