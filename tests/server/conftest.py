@@ -88,7 +88,7 @@ Serve = Callable[..., Running]
 @pytest.fixture(scope="session")
 def real() -> Iterator[Running]:
     """The bundled model behind a real engine in its own process."""
-    service = build_service(EngineConfig(threads=1, max_context=1024))
+    service = build_service(EngineConfig(threads=1, max_context=1024, kv_gib=0.1))
 
     @contextlib.asynccontextmanager
     async def background() -> AsyncIterator[None]:

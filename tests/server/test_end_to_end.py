@@ -168,9 +168,9 @@ def test_crash_of_the_engine_is_an_error_and_passes(real: Running, model: str) -
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert eventually(lambda: real.metrics()["headrace_running_sequences"] > 0)
+    assert eventually(lambda: real.metrics()["headrace_running_sequences"] > 0, 60)
     service._link.process.kill()
-    asking.join(30)
+    asking.join(60)
     assert [error.status_code for error in failures] == [503]
     assert failures[0].code == "engine_crashed"
     real.ready()

@@ -208,6 +208,6 @@ def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def or_stream(kind: str) -> dict[str, Any]:
     """The 200 of a route that answers with an object, or with server-sent events when ``stream`` is set."""
-    text = f"`data: ` lines, each a `{kind}` object, ended by `data: [DONE]`; sent when `stream` is true."
-    schema = {"type": "string", "description": text}
-    return {"description": "The answer.", "content": {"text/event-stream": {"schema": schema}}}
+    text = f"A `{kind}` object as JSON text, an `error` object, or `[DONE]` at the end; sent when `stream` is true."
+    event = {"type": "object", "properties": {"data": {"type": "string", "description": text}}, "required": ["data"]}
+    return {"description": "The answer.", "content": {"text/event-stream": {"itemSchema": event}}}
