@@ -25,6 +25,8 @@ _TYPES = {
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 _BODY_FIELDS = {"body", "query", "path", "header"}
 _LONGEST_MESSAGE = 2000
+_SEPARATORS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
+"""Line ends to many a client's reader of events, though not to JSON."""
 
 
 class HttpError(HeadraceError):
@@ -76,8 +78,12 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 
 def encode(content: Any) -> bytes:
-    """Compact JSON; a lone surrogate becomes a question mark rather than an error."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """Compact JSON in one line; a lone surrogate becomes a question mark rather than an error."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        for raw, escaped in _SEPARATORS:
+            text = text.replace(raw, escaped)
+    return text.encode("utf-8", "replace")
 
 
 def internal_error() -> HeadraceError:
