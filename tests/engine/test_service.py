@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
 from tests.engine.fake import answer, engine, request
 
 from headrace.core.clock import WallClock
-from headrace.core.errors import EngineUnavailable, HeadraceError, ModelNotFound, Overloaded
+from headrace.core.errors import EngineUnavailable, HeadraceError, InvalidRequest, ModelNotFound, Overloaded
 from headrace.core.outputs import SequenceDelta
 from headrace.core.protocols import StepResult
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.engine import Engine
+from headrace.engine.link import Link
 from headrace.engine.service import ProcessService
 from headrace.engine.worker import run_worker
 
@@ -56,6 +60,15 @@ def refuse(connection: Connection) -> None:
 
 
 def crash_at_once(connection: Connection) -> None:
+    os._exit(7)
+
+
+def load_for_ever(connection: Connection) -> None:
+    time.sleep(600)
+
+
+def crash_after_a_while(connection: Connection) -> None:
+    time.sleep(0.3)
     os._exit(7)
 
 
@@ -174,6 +187,81 @@ def test_a_request_that_crashes_the_engine_is_not_sent_again() -> None:
     run(body)
 
 
+def test_an_id_may_come_back_while_the_engine_still_speaks_of_its_last_bearer() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        for _ in range(5):
+            stream = service.submit(request("a", [1, 2], max_tokens=500, ignore_eos=True))
+            await anext(stream)
+            await stream.aclose()
+            job = request("a", [3, 4], max_tokens=20, ignore_eos=True)
+            deltas = (await collect(service, job))[0]
+            assert {d.request_id for d in deltas} == {"a"}
+            assert [t for d in deltas for t in d.tokens] == answer(job)
+        first = service.submit(request("a", [1], max_tokens=500, ignore_eos=True))
+        with pytest.raises(InvalidRequest, match="already open"):
+            service.submit(request("a", [1]))
+        await first.aclose()
+
+    run(body)
+
+
+def test_a_request_that_cannot_be_pickled_fails_alone() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        bias = MappingProxyType({1: 1.0})
+        out = await collect(service, Request("a", (1,), SamplingParams(n=2, logit_bias=bias)))
+        assert [(d[-1].reason, type(d[-1].error)) for d in out.values()] == [("error", InvalidRequest)] * 2
+        job = request("b", [5], max_tokens=2)
+        assert [t for d in (await collect(service, job))[0] for t in d.tokens] == answer(job)
+
+    run(body)
+
+
+def test_restarts_leave_no_thread_and_no_open_file_behind() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        gc.collect()
+        files = psutil.Process().num_fds()
+        for _ in range(2):
+            os.kill(service.pid, signal.SIGKILL)
+            while service.state == "ready":
+                await asyncio.sleep(0.01)
+            await service.ready(30)
+        names = sorted(t.name for t in threading.enumerate() if t.name.startswith("headrace-engine"))
+        assert names == ["headrace-engine-read", "headrace-engine-write"]
+        gc.collect()
+        assert psutil.Process().num_fds() <= files
+
+    run(body)
+
+
+def test_stats_asked_of_an_engine_that_dies_come_at_once() -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        os.kill(service.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(service.stats())
+        await asyncio.sleep(0.05)
+        os.kill(service.pid, signal.SIGKILL)
+        await asyncio.wait_for(asked, 0.7)
+
+    run(body)
+
+
+def test_an_end_while_loading_is_quick_and_tells_who_waits() -> None:
+    async def body(service: ProcessService) -> None:
+        waiting = asyncio.create_task(service.ready())
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        await service.drain(1)
+        with pytest.raises(EngineUnavailable, match="shutting down"):
+            await waiting
+        await service.close()
+        assert time.monotonic() - started < 2
+
+    run(body, load_for_ever)
+
+
 def test_a_model_that_does_not_load_says_why() -> None:
     async def body(service: ProcessService) -> None:
         with pytest.raises(ModelNotFound, match="nowhere") as caught:
@@ -192,6 +280,41 @@ def test_an_engine_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPat
             await service.ready(30)
 
     run(body, crash_at_once)
+
+
+def test_an_engine_that_crashes_while_it_loads_is_given_up_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("headrace.engine.service.CRASHES_ALLOWED", 1)
+    monkeypatch.setattr("headrace.engine.service.CRASH_WINDOW_S", 0.1)
+
+    async def body(service: ProcessService) -> None:
+        with pytest.raises(HeadraceError, match="died 2 times"):
+            await service.ready(30)
+
+    run(body, crash_after_a_while)
+
+
+def test_a_process_that_cannot_be_started_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(service: ProcessService) -> None:
+        await service.ready(30)
+        start, failures = Link.start, []
+
+        def fail_once(link: Link) -> None:
+            if not failures:
+                failures.append(link)
+                raise OSError("no process left")
+            start(link)
+
+        monkeypatch.setattr(Link, "start", fail_once)
+        os.kill(service.pid, signal.SIGKILL)
+        while service.state == "ready":
+            await asyncio.sleep(0.01)
+        await service.ready(30)
+        assert len(failures) == 1
+        assert await collect(service, request("a", [1], max_tokens=2))
+
+    run(body)
 
 
 def test_drain_lets_open_requests_end_and_refuses_new_ones() -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-import multiprocessing
-import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from headrace.core.errors import EngineUnavailable, HeadraceError, Overloaded
+from headrace.core.errors import EngineUnavailable, HeadraceError, InvalidRequest, Overloaded
 from headrace.core.outputs import EngineStats, SequenceDelta
 from headrace.core.policy import Limits
 from headrace.core.protocols import ModelCard, ServiceState
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
+from headrace.engine.link import Link
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,8 @@ CRASH_WINDOW_S = 60.0
 class DeltaStream:
     """The deltas of one request. Those not read yet are merged, so a slow reader holds tokens, never a growing queue."""
 
-    def __init__(self, sequences: int, cancel: Callable[[], None]) -> None:
+    def __init__(self, request_id: str, sequences: int, cancel: Callable[[], None]) -> None:
+        self.request_id = request_id
         self._open = set(range(sequences))
         self._unread: dict[int, SequenceDelta] = {}
         self._arrived = asyncio.Event()
@@ -37,6 +37,7 @@ class DeltaStream:
 
     def feed(self, delta: SequenceDelta) -> bool:
         """Take in a delta; True when it ended the last open sequence."""
+        delta.request_id = self.request_id
         held = self._unread.get(delta.index)
         self._unread[delta.index] = delta if held is None else _merge(held, delta)
         if delta.reason is not None:
@@ -44,10 +45,10 @@ class DeltaStream:
         self._arrived.set()
         return not self._open
 
-    def fail(self, request_id: str, error: HeadraceError) -> None:
+    def fail(self, error: HeadraceError) -> None:
         """End every open sequence with ``error``."""
         for index in tuple(self._open):
-            self.feed(SequenceDelta(request_id, index, reason="error", error=error))
+            self.feed(SequenceDelta(self.request_id, index, reason="error", error=error))
 
     def __aiter__(self) -> AsyncIterator[SequenceDelta]:
         return self
@@ -95,9 +96,13 @@ class ProcessService:
         self._card: ModelCard | None = None
         self._limits = Limits()
         self.failure: HeadraceError | None = None
-        self._streams: dict[str, DeltaStream] = {}
+        # The engine knows a request by a name of ours that is never used twice: an id may come back to us while the engine still
+        # has something to say of the request that bore it before.
+        self._names: dict[str, str] = {}
+        self._numbers = itertools.count()
+        self._streams: dict[str, DeltaStream] = {}  # by our name, as are the weights
         self._weights: dict[str, int] = {}
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._stats = EngineStats()
@@ -115,18 +120,18 @@ class ProcessService:
     def _spawn(self) -> None:
         assert self._loop is not None
         loop = self._loop
-        link_box: list[_Link] = []
+        link_box: list[Link] = []
 
         def receive(message: tuple[Any, ...]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: we are shutting down
                 loop.call_soon_threadsafe(lambda: self._on_message(link_box[0], message))
 
-        self._link = _Link(self._target, self._arguments, receive)
+        self._link = Link(self._target, self._arguments, receive)
         link_box.append(self._link)
         self._link.start()
 
     async def ready(self, timeout_s: float | None = None) -> None:
-        """Wait until requests are served; raises the error that stopped the engine from loading."""
+        """Wait until requests are served; raises the error that stopped the engine from loading, also when it is told to end."""
 
         async def wait() -> None:
             while self._state == "loading":
@@ -136,6 +141,8 @@ class ProcessService:
         await asyncio.wait_for(wait(), timeout_s)
         if self._state == "failed":
             raise self.failure or EngineUnavailable("the engine failed to start")
+        if self._state == "draining":
+            raise EngineUnavailable("the server is shutting down", code="shutting_down")
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for the open ones, at most ``timeout_s`` seconds."""
@@ -183,18 +190,18 @@ class ProcessService:
                 f"{waiting} requests are waiting, as many as the queue holds: try again later",
                 retry_after_s=self._finish_rate.seconds_for(waiting),
             )
-        if request.id in self._streams:
-            raise HeadraceError(f"request id {request.id!r} is already open")
-        stream = DeltaStream(request.params.n, lambda: self._abandon(request.id))
-        self._streams[request.id] = stream
-        self._weights[request.id] = request.params.n
-        self._link.send(("add", request))
+        if request.id in self._names:
+            raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
+        name = f"{request.id}#{next(self._numbers)}"
+        stream = DeltaStream(request.id, request.params.n, lambda: self._abandon(name))
+        self._names[request.id], self._streams[name], self._weights[name] = name, stream, request.params.n
+        self._link.send(("add", replace(request, id=name)))
         return stream
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Stop a request, or one of its sequences, at the next step."""
-        if request_id in self._streams and self._link is not None:
-            self._link.send(("cancel", request_id, index))
+        if request_id in self._names and self._link is not None:
+            self._link.send(("cancel", self._names[request_id], index))
 
     async def stats(self) -> EngineStats:
         """A snapshot; the last one known when the engine is busy for over a second or not there."""
@@ -207,38 +214,45 @@ class ProcessService:
             return await asyncio.wait_for(waiter, 1.0)
         except TimeoutError:
             return self._stats
+        finally:
+            with contextlib.suppress(ValueError):  # answered: it is gone
+                self._stats_waiters.remove(waiter)
 
     # ---- what the engine says --------------------------------------------------------------------------------
 
-    def _abandon(self, request_id: str) -> None:
-        self.cancel(request_id)
-        self._forget(request_id)
+    def _abandon(self, name: str) -> None:
+        if self._link is not None:
+            self._link.send(("cancel", name, None))
+        self._forget(name)
 
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._weights.pop(request_id, None)
+    def _forget(self, name: str) -> None:
+        del self._names[self._streams.pop(name).request_id], self._weights[name]
 
     def _set_state(self, state: ServiceState) -> None:
         self._state = state
         self._changed.set()
 
-    def _on_message(self, link: _Link, message: tuple[Any, ...]) -> None:
+    def _on_message(self, link: Link, message: tuple[Any, ...]) -> None:
         if link is not self._link:
             return  # an engine that was replaced
         match message:
             case ("deltas", deltas):
                 for delta in deltas:
-                    stream = self._streams.get(delta.request_id)
+                    name = delta.request_id
+                    stream = self._streams.get(name)
                     if stream is not None and stream.feed(delta):
                         self._finish_rate.count()
-                        self._forget(delta.request_id)
+                        self._forget(name)
             case ("stats", stats):
                 self._stats = stats
-                waiters, self._stats_waiters = self._stats_waiters, []
-                for waiter in waiters:
-                    if not waiter.done():
-                        waiter.set_result(stats)
+                self._answer_stats()
+            case ("unsent", ("add", request), error):
+                if request.id in self._streams:
+                    log.error("a request cannot be sent to the engine: %s", error)
+                    self._streams[request.id].fail(InvalidRequest(f"the request cannot be sent to the engine: {error}"))
+                    self._forget(request.id)
             case ("ready", card, limits):
+                link.loaded = True
                 self._card, self._limits = card, limits
                 if self._state == "loading":
                     self._set_state("ready")
@@ -248,8 +262,16 @@ class ProcessService:
             case ("exit", code):
                 self._on_exit(code)
 
+    def _answer_stats(self) -> None:
+        waiters, self._stats_waiters = self._stats_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(self._stats)
+
     def _on_exit(self, code: int | None) -> None:
+        served = self._state != "loading"
         self._link = None
+        self._answer_stats()
         self._fail_open(
             EngineUnavailable(
                 "the engine stopped unexpectedly and restarts: send the request again", code="engine_crashed"
@@ -258,9 +280,12 @@ class ProcessService:
         if self._state in ("failed", "draining"):
             return
         now = time.monotonic()
-        self._crashes = [t for t in self._crashes if now - t < CRASH_WINDOW_S] + [now]
+        # One that dies while it loads is given up however long each attempt takes.
+        self._crashes = [t for t in self._crashes if not served or now - t < CRASH_WINDOW_S] + [now]
         if len(self._crashes) > CRASHES_ALLOWED:
-            self.failure = EngineUnavailable(f"the engine died {len(self._crashes)} times within a minute: see the log")
+            self.failure = EngineUnavailable(
+                f"the engine died {len(self._crashes)} times in a short while: see the log"
+            )
             self._set_state("failed")
             return
         delay = 0.0 if len(self._crashes) == 1 else 2.0 ** (len(self._crashes) - 2)
@@ -271,62 +296,16 @@ class ProcessService:
 
     def _respawn(self) -> None:
         if self._state == "loading" and self._link is None:
-            self._spawn()
+            try:
+                self._spawn()
+            except OSError as error:  # no memory or no process left: perhaps later
+                log.error("the engine's process cannot be started: %s", error)
+                self._on_exit(None)
 
     def _fail_open(self, error: HeadraceError) -> None:
-        for request_id, stream in list(self._streams.items()):
-            stream.fail(request_id, error)
-            self._forget(request_id)
-
-
-class _Link:
-    """One child process with a thread for each direction, so that neither side ever waits for the other's reading."""
-
-    def __init__(
-        self, target: Callable[..., None], arguments: tuple[Any, ...], receive: Callable[[tuple[Any, ...]], None]
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, self._far = context.Pipe()
-        self.process = context.Process(target=target, args=(self._far, *arguments), name="headrace-engine", daemon=True)
-        self._receive = receive
-        self._outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-
-    def start(self) -> None:
-        """Start the process and its two threads."""
-        self.process.start()
-        self._far.close()  # so that the pipe ends when the child does
-        threading.Thread(target=self._read, name="headrace-engine-read", daemon=True).start()
-        threading.Thread(target=self._write, name="headrace-engine-write", daemon=True).start()
-
-    def send(self, message: tuple[Any, ...]) -> None:
-        """Queue a message; never blocks."""
-        self._outbox.put(message)
-
-    def stop(self, patience_s: float = 5.0) -> None:
-        """Ask the process to end and make sure that it does."""
-        self.send(("close",))
-        self._outbox.put(None)
-        self.process.join(patience_s)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                message = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            self._receive(message)
-        self.process.join(5.0)
-        self._receive(("exit", self.process.exitcode))
-
-    def _write(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            try:
-                self._connection.send(message)
-            except OSError:  # the process is gone; the reading thread reports it
-                return
+        for name, stream in list(self._streams.items()):
+            stream.fail(error)
+            self._forget(name)
 
 
 class _Rate:
