@@ -129,6 +129,15 @@ def test_rows_do_not_depend_on_their_batch() -> None:
         assert all(torch.equal(a[:, :, row : row + 1], b) for a, b in zip(together, alone, strict=True))
 
 
+def test_gradients_are_refused_and_not_lost() -> None:
+    model = _llama()
+    fuse(model)
+    with pytest.raises(RuntimeError, match="no backward"):
+        model(torch.tensor([[5, 6, 7]]))
+    with pytest.raises(RuntimeError, match="no backward"):
+        model.model.layers[0].mlp(torch.ones(1, 2, 64, requires_grad=True))
+
+
 def test_fused_modules_stay_where_they_are() -> None:
     model = _llama()
     fuse(model)

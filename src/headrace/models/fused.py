@@ -135,7 +135,7 @@ class FusedAttention(Pinned):
         if self.rotary:
             if angles is None:
                 raise ValueError("position_embeddings are needed: this layer rotates its queries and keys")
-            cosines, sines = (part.expand(*hidden.shape[:-1], -1).reshape(len(packed), -1) for part in angles)
+            cosines, sines = (part.expand(*hidden.shape[:-1], -1).reshape(packed.shape[0], -1) for part in angles)
             blocks.rotate_(packed[:, :turned], size, cosines, sines)
         heads = packed.view(*hidden.shape[:-1], queries + 2 * keys, size).transpose(1, 2)
         return heads[:, :queries], heads[:, queries : queries + keys], heads[:, queries + keys :]

@@ -59,10 +59,6 @@ class PackedLinear(Pinned):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32[..., out_features] of float32[..., in_features]."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "packed linears have no backward pass: load the model with linears='module' to differentiate it"
-            )
         if x.dim() == 2:
             return self.matrix.matmul(x)
         return self.matrix.matmul(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)

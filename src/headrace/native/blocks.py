@@ -1,7 +1,7 @@
 """The operations between matrix products: the Python side of ``src/blocks.cpp``.
 
-All take and give float32 on the CPU, and compute each row by itself in one fixed order. Callers check dtypes and shapes once, when they
-are built; these run in every layer of every step.
+All take and give float32 on the CPU, and compute each row by itself in one fixed order. Callers see to dtypes and shapes when
+they are built; these run in every layer of every step.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def refuse_gradients(x: Tensor) -> None:
+    """Raise RuntimeError where autograd would want a gradient through a kernel: it would silently get none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "native kernels have no backward pass: load with linears='module' what is to be differentiated"
+        )
+
+
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     """``x / sqrt(mean(x**2) + epsilon) * scale`` over the last dimension.
 
@@ -44,6 +52,7 @@ def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     Returns:
         float32[..., W], contiguous.
     """
+    refuse_gradients(x)
     x = x.contiguous()
     y, width = torch.empty_like(x), scale.shape[0]
     _library().headrace_rms_norm(

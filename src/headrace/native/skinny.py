@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.native import build
+from headrace.native.blocks import refuse_gradients
 
 Storage = Literal["auto", "float32", "bfloat16"]
 
@@ -121,11 +122,13 @@ class PackedMatrix:
 
         Raises:
             ValueError: for another shape, dtype or device.
+            RuntimeError: where a gradient is wanted, because there is none.
         """
         if x.dim() != 2 or x.shape[1] != self.depth or x.dtype is not torch.float32 or x.device.type != "cpu":
             raise ValueError(
                 f"float32[M, {self.depth}] on the CPU is needed, not {x.dtype} {list(x.shape)} on {x.device}"
             )
+        refuse_gradients(x)
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]
