@@ -15,6 +15,9 @@ from headrace.server.metrics import Metrics
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("headrace.access")
 
+CLIENT_LEFT = 499
+"""What the log and the metrics say when nobody waited for a status (nginx's number)."""
+
 _GOOD_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -47,6 +50,7 @@ class Access:
             if status == 0:
                 await response_of(internal_error())(scope, receive, tagged)
         finally:
+            status = status or CLIENT_LEFT
             self._metrics.count_http(_endpoint(scope), _method(scope), status)
             if self._enabled:
                 self._write(scope, name, status, time.monotonic() - started)

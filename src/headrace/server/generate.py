@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from headrace.core.protocols import ModelCard
 from headrace.core.request import Request, SamplingParams
+from headrace.server.access import CLIENT_LEFT
 from headrace.server.errors import json_response
 from headrace.server.feed import Feed, Piece
 from headrace.server.sampling import resolve_slo
@@ -168,5 +169,5 @@ async def _collect(feed: Feed, http: HttpRequest, shape: Shape) -> Response:
     if feed.error is not None:
         raise feed.error
     if feed.gone:
-        return Response(status_code=499)  # nobody reads it; the log shows it
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it; the log shows it
     return json_response(shape.reply(feed.take(), feed.outcome().usage()))
