@@ -15,6 +15,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from headrace.models.pinned import Pinned
 from headrace.native import blocks
+from headrace.native.memory import Arena
 from headrace.native.skinny import PackedMatrix, Storage
 
 log = logging.getLogger(__name__)
@@ -141,12 +143,12 @@ class FusedAttention(Pinned):
         return heads[:, :queries], heads[:, queries : queries + keys], heads[:, queries + keys :]
 
 
-def fuse(module: nn.Module, *, storage: Storage = "auto") -> dict[str, int]:
+def fuse(module: nn.Module, *, storage: Storage = "auto", arena: Arena | None = None) -> dict[str, int]:
     """Swap fused modules in wherever they agree with what is there; float32 on the CPU, before linears are packed.
 
     Args:
         module: a transformers ``*ForCausalLM`` in evaluation mode.
-        storage: as for :class:`PackedMatrix`.
+        storage, arena: as for :class:`PackedMatrix`.
 
     Returns:
         How many of each kind: {"attention": .., "mlp": .., "norm": ..}.
@@ -154,6 +156,7 @@ def fuse(module: nn.Module, *, storage: Storage = "auto") -> dict[str, int]:
     Raises:
         NativeUnavailable: when the kernels cannot be compiled here.
     """
+    pack = _Packer(storage, Arena() if arena is None else arena)
     counts = dict.fromkeys(("attention", "mlp", "norm"), 0)
     with torch.inference_mode():
         for path in [path for path, _ in module.named_modules()]:
@@ -162,16 +165,35 @@ def fuse(module: nn.Module, *, storage: Storage = "auto") -> dict[str, int]:
             except AttributeError:
                 continue  # its parent has been swapped
             for kind, fused in (("attention", _attention), ("mlp", _mlp), ("norm", _norm)):
-                if path and (found := fused(child, storage)) is not None:
+                mark = pack.arena.mark()
+                if path and (found := fused(child, pack)) is not None:
                     module.set_submodule(path, found)
                     counts[kind] += 1
                     break
+                pack.arena.rewind(mark)
             del child
     log.info("fused %s", ", ".join(f"{count} {kind}s" for kind, count in counts.items()))
     return counts
 
 
-def _norm(module: nn.Module, storage: Storage = "auto") -> FusedNorm | None:
+@dataclass(frozen=True, slots=True)
+class _Packer:
+    """Packs the rows of linears, in order, into one matrix."""
+
+    storage: Storage
+    arena: Arena
+
+    def __call__(self, linears: list[Any]) -> PackedMatrix:
+        weight, bias = linears[0].weight, linears[0].bias
+        if len(linears) > 1:
+            weight = torch.cat([linear.weight for linear in linears])
+            if any(linear.bias is not None for linear in linears):
+                zeros = torch.zeros
+                bias = torch.cat([zeros(i.out_features) if i.bias is None else i.bias for i in linears])
+        return PackedMatrix(weight, bias, self.storage, self.arena)
+
+
+def _norm(module: nn.Module, pack: _Packer | None = None) -> FusedNorm | None:
     """A fused form of an RMS norm that multiplies by its weight, or by 1 + weight."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
@@ -189,7 +211,7 @@ def _norm(module: nn.Module, storage: Storage = "auto") -> FusedNorm | None:
     return None
 
 
-def _mlp(module: nn.Module, storage: Storage) -> FusedMLP | None:
+def _mlp(module: nn.Module, pack: _Packer) -> FusedMLP | None:
     """A fused form of a gated MLP of the usual names, the gate ahead of the up projection where one linear holds both."""
     children = dict(module.named_children())
     down: Any = children.pop("down_proj", None)
@@ -201,7 +223,7 @@ def _mlp(module: nn.Module, storage: Storage) -> FusedMLP | None:
         or len({i.out_features for i in first}) != 1
     ):
         return None
-    gate_up, below = _pack(first, storage), _pack([down], storage)
+    gate_up, below = pack(first), pack([down])
     inputs = [_random(1, 5, gate_up.depth), 4.0 * _random(2, 1, gate_up.depth)]
     expected = [_outcome(module, x) for x in inputs]
     for activation in blocks.ACTIVATIONS:
@@ -211,7 +233,7 @@ def _mlp(module: nn.Module, storage: Storage) -> FusedMLP | None:
     return None
 
 
-def _attention(module: nn.Module, storage: Storage) -> FusedAttention | None:
+def _attention(module: nn.Module, pack: _Packer) -> FusedAttention | None:
     """A fused form of an attention module of the usual names."""
     children, size = dict(module.named_children()), getattr(module, "head_dim", None)
     out: Any = children.pop("o_proj", None)
@@ -229,7 +251,7 @@ def _attention(module: nn.Module, storage: Storage) -> FusedAttention | None:
     if None in fused_norms:
         return None
     pair = (fused_norms[0], fused_norms[1]) if norms else None
-    qkv, below = _pack(inner, storage), _pack([out], storage)
+    qkv, below = pack(inner), pack([out])
     for rotary in (True, False):
         fused = FusedAttention(module, qkv, below, (queries, keys, size), pair, rotary)  # type: ignore[arg-type]
         if all(_attends_alike(module, fused, config, shape) for shape in ((1, 5), (2, 3))):
@@ -323,14 +345,3 @@ def _hooked(module: nn.Module) -> bool:
 def _stateful(module: nn.Module, others: dict[str, nn.Module]) -> bool:
     """Whether a hook, or a child we make no use of, could matter."""
     return _hooked(module) or any(True for child in others.values() for _ in child.parameters())
-
-
-def _pack(linears: list[Any], storage: Storage) -> PackedMatrix:
-    """One matrix of the linears' rows, in order."""
-    if len(linears) == 1:
-        return PackedMatrix(linears[0].weight, linears[0].bias, storage)
-    biases = [
-        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
-    ]
-    bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
-    return PackedMatrix(torch.cat([linear.weight for linear in linears]), bias, storage)

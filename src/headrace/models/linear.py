@@ -18,6 +18,7 @@ from headrace.core.errors import InvalidRequest
 from headrace.models.fused import fuse
 from headrace.models.pinned import Pinned
 from headrace.native import build
+from headrace.native.memory import Arena
 from headrace.native.skinny import PackedMatrix, Storage, isa
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,10 @@ class PackedLinear(Pinned):
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
 
     @classmethod
-    def of(cls, linear: nn.Linear, storage: Storage = "auto") -> PackedLinear:
+    def of(cls, linear: nn.Linear, storage: Storage = "auto", arena: Arena | None = None) -> PackedLinear:
         """Pack a copy of ``linear``'s weights."""
         bias = linear.bias
-        return cls(PackedMatrix(linear.weight, bias, storage), bias=bias)
+        return cls(PackedMatrix(linear.weight, bias, storage, arena), bias=bias)
 
     @property
     def weight(self) -> Tensor:
@@ -76,7 +77,7 @@ class PackedLinear(Pinned):
             destination[prefix + "bias"] = self.bias
 
 
-def use_native_linears(module: nn.Module, *, storage: Storage = "auto") -> int:
+def use_native_linears(module: nn.Module, *, storage: Storage = "auto", arena: Arena | None = None) -> int:
     """Replace every plain float32 ``nn.Linear`` under ``module`` by a :class:`PackedLinear` and free its weights.
 
     Left alone: experts held as three-dimensional parameters, subclasses of ``nn.Linear``, and linears with hooks. Goes one
@@ -89,6 +90,7 @@ def use_native_linears(module: nn.Module, *, storage: Storage = "auto") -> int:
     Raises:
         NativeUnavailable: when the kernels cannot be compiled here.
     """
+    arena = Arena() if arena is None else arena
     kept = {id(p) for child in module.modules() if not _replaceable(child) for p in child.parameters(recurse=False)}
     packed: dict[int, PackedLinear] = {}
     held = doubled = 0
@@ -100,7 +102,7 @@ def use_native_linears(module: nn.Module, *, storage: Storage = "auto") -> int:
             log.warning("%s shares its weights with an embedding, and memory has no room for a packed copy", path)
             continue
         if id(linear) not in packed:
-            packed[id(linear)] = PackedLinear.of(linear, storage)
+            packed[id(linear)] = PackedLinear.of(linear, storage, arena)
             held += packed[id(linear)].matrix.nbytes
             doubled += packed[id(linear)].matrix.nbytes if tied else 0
         module.set_submodule(path, packed[id(linear)])
@@ -135,8 +137,9 @@ def choose_linears(model: Model, mode: str = "auto") -> str:
             raise InvalidRequest(f"linears is 'native', but {reason}", field="linears")
         log.info("keeping the checkpoint's own linears: %s", reason)
         return "module"
-    fuse(model.module)
-    use_native_linears(model.module)
+    arena = Arena()
+    fuse(model.module, arena=arena)
+    use_native_linears(model.module, arena=arena)
     return "native"
 
 

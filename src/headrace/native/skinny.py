@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.native import build
 from headrace.native.blocks import refuse_gradients
+from headrace.native.memory import Arena
 
 Storage = Literal["auto", "float32", "bfloat16"]
 
@@ -65,13 +66,16 @@ class PackedMatrix:
         weight: float32[N, K] on the CPU; copied.
         bias: float32[N] or None; copied.
         storage: "float32", "bfloat16" (half the bytes, only for values that are exactly bfloat16) or "auto", the smallest exact one.
+        arena: where the packed weights go; by default a place of their own.
 
     Raises:
         NativeUnavailable: when the kernels cannot be compiled here.
         ValueError: for another device or dtype, wrong shapes, or "bfloat16" where it would round.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, storage: Storage = "auto") -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, storage: Storage = "auto", arena: Arena | None = None
+    ) -> None:
         library = self._library = _library()
         if weight.dim() != 2 or weight.dtype is not torch.float32 or weight.device.type != "cpu":
             raise ValueError(
@@ -92,7 +96,8 @@ class PackedMatrix:
         self._bias = torch.zeros(padded)
         if bias is not None:
             self._bias[: self.columns] = bias.detach()
-        self._panels = torch.empty(padded * self.depth, dtype=self.dtype)
+        nbytes = padded * self.depth * self.dtype.itemsize
+        self._panels = (Arena(nbytes) if arena is None else arena).take(nbytes)
         self._matrix = _Matrix(
             self._panels.data_ptr(), self._bias.data_ptr(), self.columns, self.depth, _CODES[self.dtype]
         )

@@ -94,6 +94,10 @@ inline void load_pair(const float* p, vec& low, vec& high) {
   high = load(p + LANES);
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// LOCALITY 3 brings a line into L1, 2 into L2.
+template <int LOCALITY>
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, LOCALITY);
+}
 
 }  // namespace headrace

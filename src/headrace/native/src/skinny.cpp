@@ -15,10 +15,6 @@
 #include <cstdint>
 #include <utility>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "simd.h"
 
 // Declared here because Apple's compiler ships no omp.h.
@@ -45,7 +41,8 @@ constexpr int PANEL = TILE_VECS * LANES;
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;  // accumulators, a step of weights and a broadcast fill the registers
 constexpr isize K_BLOCK = 256;                   // a panel's block and a tile's rows fit a 48 KiB L1
 constexpr isize ROW_BLOCK = 128;                 // rows of x that stay in L2 while all panels pass over them
-constexpr isize PREFETCH_BYTES = 4096;
+constexpr isize NEAR_BYTES = 1024;               // how far ahead weights are called into L1,
+constexpr isize FAR_BYTES = 16384;               // and into L2
 
 // Independent chains of multiply-adds that hide their latency: tiles of few rows take several panels at once.
 constexpr int CHAINS = 8;
@@ -70,8 +67,10 @@ inline void tile(const W* w, isize group_stride, const float* x, isize ldx, isiz
       const W* step = w + g * group_stride + k * PANEL;
       for (int v = 0; v < TILE_VECS; v += 2)
         load_pair(step + v * LANES, weights[g * TILE_VECS + v], weights[g * TILE_VECS + v + 1]);
-      for (std::size_t line = 0; line < PANEL * sizeof(W); line += 64)
-        prefetch(reinterpret_cast<const char*>(step) + PREFETCH_BYTES + line);
+      for (std::size_t line = 0; line < PANEL * sizeof(W); line += 64) {
+        prefetch<3>(reinterpret_cast<const char*>(step) + NEAR_BYTES + line);
+        prefetch<2>(reinterpret_cast<const char*>(step) + FAR_BYTES + line);
+      }
     }
     for (int r = 0; r < ROWS; ++r) {
       const vec value = broadcast(x[r * ldx + k]);
@@ -197,22 +196,9 @@ void convert(std::uint16_t from, float& to) {
   std::memcpy(&to, &bits, sizeof to);
 }
 
-// Huge pages for the streams of weights; a hint, so failure costs speed only. Pages are chosen when first written.
-void advise_huge_pages(void* start, std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
-  const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(start) + HUGE - 1) & ~(HUGE - 1);
-  const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(start) + bytes) & ~(HUGE - 1);
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#else
-  (void)start, (void)bytes;
-#endif
-}
-
 template <typename W>
 void pack(const float* weight, isize columns, isize depth, W* panels, int threads) {
   const isize count = panel_count(columns);
-  advise_huge_pages(panels, count * PANEL * depth * sizeof(W));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (isize panel = 0; panel < count; ++panel) {
     W* to = panels + panel * depth * PANEL;
