@@ -153,6 +153,18 @@ def test_leaving_cancels(serve: Serve, stream: bool) -> None:
     assert eventually(lambda: running.serving.open_requests == 0)
 
 
+def test_leaving_before_the_first_token_cancels(serve: Serve) -> None:
+    service = say("a", delay_s=30)
+    running = serve(service, accept_wait_s=20)
+    body = json.dumps({"model": MODEL, "messages": HELLO, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: len(service.live) == 1)
+    assert eventually(lambda: not service.live)
+    assert eventually(lambda: running.serving.open_requests == 0)
+
+
 def test_client_that_stays_is_not_cancelled(serve: Serve) -> None:
     service = say("a" * 50, delay_s=0.01)
     assert lines(serve(service))[-1] == "[DONE]"

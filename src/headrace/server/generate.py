@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ from headrace.server.feed import Feed, Piece
 from headrace.server.sampling import resolve_slo
 from headrace.server.schemas import GenerationBody
 from headrace.server.serving import Serving
-from headrace.server.stream import EventStream, watch
+from headrace.server.stream import EventStream, watching
 
 if TYPE_CHECKING:
     from headrace.models.tokenizer import Tokenizer
@@ -123,21 +121,22 @@ async def answer(serving: Serving, http: HttpRequest, body: GenerationBody, job:
     )
     await feed.open()
     try:
-        if body.stream:
-            settings = serving.settings
-            constrained = job.requests[0].params.structure is not None
+        if not body.stream:
+            return await _collect(feed, http, shape)
+        settings = serving.settings
+        constrained = job.requests[0].params.structure is not None
+        async with watching(http.receive, feed.abandon):
             await feed.settle(settings.grammar_wait_s if constrained else settings.accept_wait_s)
-            if feed.error is not None:
-                raise feed.error
-            options = body.stream_options
-            return EventStream(
-                feed,
-                shape,
-                include_usage=bool(options and options.include_usage),
-                continuous_usage=bool(options and options.continuous_usage_stats),
-                settings=settings,
-            )
-        return await _collect(feed, http, shape)
+        if feed.error is not None:
+            raise feed.error
+        options = body.stream_options
+        return EventStream(
+            feed,
+            shape,
+            include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            settings=settings,
+        )
     except BaseException:
         await feed.close()
         raise
@@ -157,15 +156,10 @@ def _closer(serving: Serving, http: HttpRequest) -> Callable[[Feed], None]:
 
 async def _collect(feed: Feed, http: HttpRequest, shape: Shape) -> Response:
     """Wait for the whole answer, or for the client to leave."""
-    watcher = asyncio.create_task(watch(http.receive, feed.abandon))
-    try:
+    async with watching(http.receive, feed.abandon):
         while not feed.done:
             await feed.wait()
-    finally:
-        watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watcher
-        await feed.close()
+    await feed.close()
     if feed.error is not None:
         raise feed.error
     if feed.gone:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -29,11 +29,22 @@ def event(content: dict[str, Any]) -> bytes:
     return b"data: " + encode(content) + b"\n\n"
 
 
-async def watch(receive: Receive, on_leave: Callable[[], None]) -> None:
-    """Call ``on_leave`` when the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    on_leave()
+@contextlib.asynccontextmanager
+async def watching(receive: Receive, on_leave: Callable[[], None]) -> AsyncIterator[None]:
+    """Within the block, call ``on_leave`` when the client disconnects."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        on_leave()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watcher
 
 
 class EventStream(Response):
@@ -57,16 +68,13 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(watch(receive, self._feed.abandon))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._run(send)
+            async with watching(receive, self._feed.abandon):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._run(send)
         except (TimeoutError, OSError):
             log.info("a client stopped reading its stream; the request is cancelled")
         finally:
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
             await self._feed.close()
 
     async def _run(self, send: Send) -> None:
