@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
+from tests.engine import fake
 
-from headrace.compose import build_engine, build_service
+from headrace.compose import build_engine, build_service, warm_up
 from headrace.core.config import EngineConfig
 from headrace.core.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
 from headrace.core.outputs import SequenceDelta
@@ -125,6 +126,14 @@ def test_a_truncated_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None
         (tmp_path / file.name).write_bytes(data[:-100] if file.suffix == ".safetensors" else data)
     with pytest.raises(BrokenCheckpoint, match="safetensors"):
         build_engine(config(tmp_path))
+
+
+@pytest.mark.parametrize("context", [2, 3, 4, 100])
+def test_any_context_can_be_warmed_up(context: int) -> None:
+    engine = fake.engine(context)
+    warm_up(engine)
+    assert engine.stats().finished == 2
+    assert not engine.busy
 
 
 def test_a_short_context_bounds_requests(folder: Path) -> None:

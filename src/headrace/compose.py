@@ -109,9 +109,10 @@ def longest_context(config: EngineConfig, card: ModelCard) -> int:
 
 def warm_up(engine: Engine) -> None:
     """Run a prompt and a few tokens, so that kernels compile and buffers exist before the first request."""
-    sampled = SamplingParams(max_tokens=3, temperature=1.0, top_p=0.9, seed=0, ignore_eos=True)
+    length = max(1, min(24, engine.card.context - 3))
+    new = max(1, min(3, engine.card.context - length))
+    sampled = SamplingParams(max_tokens=new, temperature=1.0, top_p=0.9, seed=0, ignore_eos=True)
     for number, params in enumerate((sampled.with_(temperature=0.0), sampled)):
-        length = min(24, max(1, engine.card.context - 3))
         engine.add(Request(f"warm-up-{number}", tuple([number % engine.card.vocab_size] * length), params))
     while engine.busy:
         engine.step()

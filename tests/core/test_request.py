@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pytest
 
 from headrace.core.clock import VirtualClock
@@ -21,7 +22,8 @@ from headrace.core.request import SLO, SamplingParams
         ("n", 0), ("n", 129), ("n", True), ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0),
         ("top_p", 1.01), ("top_k", -2), ("min_p", 1.5), ("repetition_penalty", 0.0), ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1), ("min_tokens", -1), ("max_tokens", 0), ("max_tokens", -5), ("logprobs", 21),
-        ("seed", 1 << 63), ("temperature", "hot"), ("top_p", math.inf),
+        ("seed", 1 << 63), ("temperature", "hot"), ("top_p", math.inf), ("n", 1.5), ("max_tokens", 5.0), ("top_k", 2.5),
+        ("seed", 0.5), ("logprobs", 2.5), ("min_tokens", 1.5), ("max_tokens", "5"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_field(field: str, bad: object) -> None:
@@ -40,6 +42,32 @@ def test_fields_that_contradict_each_other() -> None:
         SamplingParams(logit_bias=dict.fromkeys(range(301), 1.0))
     with pytest.raises(InvalidRequest, match=r"logit_bias\[3\]"):
         SamplingParams(logit_bias={3: 101.0})
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [("stop", ["a", 5]), ("stop_token_ids", ["x"]), ("stop_token_ids", [1.0]), ("logit_bias", {"5": 1.0})],
+)
+def test_entries_of_the_wrong_type_name_their_field(field: str, bad: object) -> None:
+    with pytest.raises(InvalidRequest, match=field) as caught:
+        SamplingParams(**{field: bad})
+    assert caught.value.field == field
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(n=np.int64(2), temperature=np.float32(0.5), stop_token_ids=np.array([3]).tolist())
+    assert params.n == 2
+
+
+def test_a_number_beyond_every_float_is_out_of_range() -> None:
+    with pytest.raises(InvalidRequest, match="seed"):
+        SamplingParams(seed=10**400)
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf])
+def test_memory_for_k_and_v_is_a_finite_number_above_zero(bad: float) -> None:
+    with pytest.raises(InvalidRequest, match="kv_gib"):
+        EngineConfig(kv_gib=bad)
 
 
 def test_a_single_stop_string_is_one_string() -> None:

@@ -57,10 +57,12 @@ def run(bench: EngineBench, *, report: Callable[[str], None] = lambda line: None
     """
     import torch
 
+    from headrace.compose import default_threads
+
     if bench.shape not in SHAPES:
         raise InvalidRequest(f"shape is {bench.shape!r}: choose one of {', '.join(SHAPES)}", field="shape")
     load_before = os.getloadavg()
-    torch.set_num_threads(bench.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(bench.threads or default_threads())
     generator = torch.Generator().manual_seed(bench.seed)
     vocab = SHAPES[bench.shape]["vocab_size"]
 

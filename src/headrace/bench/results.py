@@ -54,7 +54,8 @@ def recheck(path: Path, claims: Mapping[str, ClaimsOf]) -> dict[str, tuple[float
     try:
         data = json.loads(path.read_text())
         stated, again = data["claims"], claims[data["name"]](data["rows"])
-    except (OSError, ValueError, KeyError) as error:
+        stated = dict(stated)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"{path} is not a result file of headrace bench: {error}", field="file") from error
     return {
         name: (stated.get(name, float("nan")), again.get(name, float("nan")))

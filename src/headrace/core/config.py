@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -48,7 +49,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("kv_gib", "max_context", "threads"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InvalidRequest(f"{name} is {value!r}: give a number above 0, or leave it out", field=name)
         if self.max_queue < 1:
             raise InvalidRequest(f"max_queue is {self.max_queue}: give at least 1", field="max_queue")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Literal
 
 from headrace.core.errors import InvalidRequest
@@ -102,31 +103,41 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        _in_range("n", self.n, 1, MAX_N)
+        _in_range("n", self.n, 1, MAX_N, whole=True)
         _in_range("temperature", self.temperature, 0.0, 100.0)
         _in_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _in_range("top_k", self.top_k, -1, 1 << 31)
+        _in_range("top_k", self.top_k, -1, 1 << 31, whole=True)
         _in_range("min_p", self.min_p, 0.0, 1.0)
         _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _in_range("min_tokens", self.min_tokens, 0, 1 << 31)
+        _in_range("min_tokens", self.min_tokens, 0, 1 << 31, whole=True)
         if self.max_tokens is not None:
-            _in_range("max_tokens", self.max_tokens, 1, 1 << 31)
+            _in_range("max_tokens", self.max_tokens, 1, 1 << 31, whole=True)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequest(
                     f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}: lower it", field="min_tokens"
                 )
         if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
         if self.seed is not None:
-            _in_range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+            _in_range("seed", self.seed, -(1 << 63), (1 << 63) - 1, whole=True)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(
                 f"logit_bias has {len(self.logit_bias)} entries: at most {MAX_LOGIT_BIAS}", field="logit_bias"
             )
         for token, bias in self.logit_bias.items():
             _in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if not isinstance(token, Integral):
+                    raise InvalidRequest(
+                        f"{name} holds {token!r:.60}: give token ids, which are whole numbers", field=name
+                    )
+        if any(not isinstance(text, str) for text in self.stop):
+            raise InvalidRequest(
+                "stop holds something that is no string: give a string or a list of them", field="stop"
+            )
         if any(not text for text in self.stop):
             raise InvalidRequest("stop holds an empty string: leave it out", field="stop")
 
@@ -140,12 +151,12 @@ class SamplingParams:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise :class:`InvalidRequest` unless ``low <= value <= high`` (``low < value`` with ``open_low``)."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value > high or value < low or (open_low and value <= low):
+def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
+    """Raise :class:`InvalidRequest` unless ``low <= value <= high`` (``low < value`` with ``open_low``; an int with ``whole``)."""
+    good = isinstance(value, Integral) or (isinstance(value, Real) and not whole and math.isfinite(value))
+    if not good or isinstance(value, bool) or value > high or value < low or (open_low and value <= low):
         bound = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
-        raise InvalidRequest(f"{name} is {value!r}: give a number {bound}", field=name)
+        raise InvalidRequest(f"{name} is {value!r:.60}: give a {'whole ' if whole else ''}number {bound}", field=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class ModelRunner:
             logits = self._logits(batch)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             if self._device.type == "cuda":
@@ -111,6 +111,6 @@ class ModelRunner:
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA raises its own class; the CPU allocator a bare RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA raises its own class, numpy and numba Python's; torch's CPU allocator a bare RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
