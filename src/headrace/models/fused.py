@@ -186,10 +186,12 @@ class _Packer:
     def __call__(self, linears: list[Any]) -> PackedMatrix:
         weight, bias = linears[0].weight, linears[0].bias
         if len(linears) > 1:
-            weight = torch.cat([linear.weight for linear in linears])
+            # The joined copy goes back to the system when dropped; from the heap, megabytes of it would stay behind.
+            nbytes = sum(linear.weight.nbytes for linear in linears)
+            joined = Arena(nbytes).take(nbytes).view(torch.float32).view(-1, weight.shape[1])
+            weight = torch.cat([linear.weight for linear in linears], out=joined)
             if any(linear.bias is not None for linear in linears):
-                zeros = torch.zeros
-                bias = torch.cat([zeros(i.out_features) if i.bias is None else i.bias for i in linears])
+                bias = torch.cat([torch.zeros(i.out_features) if i.bias is None else i.bias for i in linears])
         return PackedMatrix(weight, bias, self.storage, self.arena)
 
 
