@@ -31,7 +31,7 @@ class CharDecoder:
 class CharTokenizer:
     """One token a character."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
         self.path = path
 
     def encode(self, text: str) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from tests.engine import fake
 from tests.llm.doubles import CharTokenizer, llm, text_of
 
-from headrace.core.errors import ContextTooLong, InvalidRequest
+from headrace.core.errors import ContextTooLong, EngineUnavailable, InvalidRequest
 from headrace.core.request import SLO, SamplingParams
 from headrace.llm import LLM, RequestOutput
 
@@ -189,6 +189,9 @@ def test_closing_aborts_what_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     with model:
         engine.add(fake.request("left over", [1, 2, 3]))
     assert engine.step()[0].reason == "abort"
+    with pytest.raises(EngineUnavailable, match="closed"):
+        model.generate("abc", SEEDED, use_tqdm=False)
+    model.close()
 
 
 def test_result_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from headrace.core.config import EngineConfig
-from headrace.core.errors import HeadraceError, InvalidRequest
+from headrace.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.models.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class Launch:
         from headrace.compose import build_service
 
         self.config, self.settings, self._chat_template = config, settings, chat_template
-        self.failure: HeadraceError | None = None
+        self.failure: Exception | None = None
         self._service = build_service(config)
         self._url = ""
         self._serving: Serving
@@ -100,7 +100,9 @@ class Launch:
 
     def _on_listen(self, url: str) -> None:
         self._url = url
-        _say(f"headrace listens at {url} and loads {self.config.model}; the first start compiles kernels, which takes longer")
+        _say(
+            f"headrace listens at {url} and loads {self.config.model}; the first start compiles kernels, which takes longer"
+        )
 
     @contextlib.asynccontextmanager
     async def _background(self) -> AsyncIterator[None]:
@@ -115,16 +117,16 @@ class Launch:
 
     async def _watch(self) -> None:
         """Tell when the model is ready, and stop the server once the engine is lost for good."""
+        warm = asyncio.create_task(asyncio.to_thread(_import_tokenizers))
         try:
             await self._service.ready()
-            await (
-                self._serving.tokenizer()
-            )  # so that the first request need not wait for it, and a broken one is noticed
+            await warm
+            await self._serving.tokenizer()  # the first request need not wait for it, and a broken one is noticed
             await self._tell()
             while self._service.state != "failed":
                 await asyncio.sleep(WATCH_S)
             await self._service.ready()  # raises why
-        except HeadraceError as error:
+        except Exception as error:
             self.failure = error
             self._server.should_exit = True
 

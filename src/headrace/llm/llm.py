@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from headrace.core.config import EngineConfig
+from headrace.core.errors import EngineUnavailable
 from headrace.core.request import SLO, Request, SamplingParams
 from headrace.llm.job import Job
 from headrace.llm.outputs import RequestOutput
@@ -15,7 +16,6 @@ from headrace.llm.prompts import Prompt, as_list, naming, per_prompt, text_and_i
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from headrace.core.outputs import SequenceDelta
     from headrace.engine.engine import Engine
     from headrace.models.tokenizer import Tokenizer
 
@@ -38,8 +38,10 @@ class LLM:
         from headrace.compose import build_engine
         from headrace.models.tokenizer import Tokenizer
 
-        self._engine: Engine = build_engine(EngineConfig.from_options(model=model, **engine_options))
-        self.tokenizer: Tokenizer = Tokenizer(self._engine.card.path)
+        config = EngineConfig.from_options(model=model, **engine_options)
+        engine = build_engine(config)
+        self._engine: Engine | None = engine
+        self.tokenizer: Tokenizer = Tokenizer(engine.card.path, trust_remote_code=config.trust_remote_code)
         self._numbers = itertools.count()
 
     def generate(
@@ -63,7 +65,10 @@ class LLM:
 
         Raises:
             InvalidRequest: a prompt cannot be served; its place in the list is named, and nothing has been run.
+            EngineUnavailable: the object has been closed.
         """
+        if self._engine is None:
+            raise EngineUnavailable("this LLM has been closed: make another")
         listed = as_list(prompts)
         params = per_prompt(sampling_params, SamplingParams(), len(listed), "sampling_params")
         targets = per_prompt(slo, SLO(), len(listed), "slo")
@@ -74,7 +79,7 @@ class LLM:
                 tokens = tuple(self.tokenizer.encode(text or "") if ids is None else ids)
                 request = Request(f"llm-{next(self._numbers)}", tokens, wanted, slo=target)
                 jobs.append(Job(request, text, self.tokenizer))
-        return self._run(jobs, use_tqdm)
+        return _run(self._engine, jobs, use_tqdm)
 
     def chat(
         self,
@@ -98,8 +103,10 @@ class LLM:
         return self.generate(prompts, sampling_params, slo=slo, use_tqdm=use_tqdm)
 
     def close(self) -> None:
-        """Abort what is open and let go of the model."""
-        self._engine.close()
+        """Abort what is open and let go of the model; the object cannot generate afterwards."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def __enter__(self) -> LLM:
         return self
@@ -107,40 +114,37 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
-        """Queue all jobs and step until none is open; whatever interrupts leaves the engine empty."""
-        from tqdm import tqdm
 
-        open_jobs = {job.request.id: (place, job) for place, job in enumerate(jobs)}
-        try:
-            for place, job in enumerate(jobs):
-                with naming(place, len(jobs)):
-                    self._engine.add(job.request)
-            with tqdm(total=len(jobs), unit="prompt", disable=not use_tqdm) as bar:
-                generated = 0
-                while open_jobs:
-                    for delta in self._engine.step():
-                        generated += len(delta.tokens)
-                        self._take(delta, open_jobs, len(jobs), bar)
-                    _show_speed(bar, generated)
-        finally:
-            for request_id in open_jobs:
-                self._engine.cancel(request_id)
-            if open_jobs:
-                self._engine.step()  # hands out the aborts, so that the next call starts clean
-        return [job.output() for job in jobs]
+def _run(engine: Engine, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
+    """Queue all jobs and step until none is open; whatever interrupts leaves the engine empty."""
+    from tqdm import tqdm
 
-    def _take(self, delta: SequenceDelta, open_jobs: dict[str, tuple[int, Job]], count: int, bar: tqdm[None]) -> None:
-        """Give a delta to its job, and close the job once it is done."""
-        if delta.request_id not in open_jobs:
-            return  # the abort that answers a cancel
-        place, job = open_jobs[delta.request_id]
-        with naming(place, count):
-            if job.take(delta):
-                self._engine.cancel(delta.request_id, delta.index)
-        if job.done:
-            del open_jobs[delta.request_id]
-            bar.update()
+    open_jobs = {job.request.id: (place, job) for place, job in enumerate(jobs)}
+    try:
+        for place, job in enumerate(jobs):
+            with naming(place, len(jobs)):
+                engine.add(job.request)
+        with tqdm(total=len(jobs), unit="prompt", disable=not use_tqdm) as bar:
+            generated = 0
+            while open_jobs:
+                for delta in engine.step():
+                    if delta.request_id not in open_jobs:
+                        continue  # the abort that answers a cancel
+                    generated += len(delta.tokens)
+                    place, job = open_jobs[delta.request_id]
+                    with naming(place, len(jobs)):
+                        if job.take(delta):
+                            engine.cancel(delta.request_id, delta.index)
+                    if job.done:
+                        del open_jobs[delta.request_id]
+                        bar.update()
+                _show_speed(bar, generated)
+    finally:
+        for request_id in open_jobs:
+            engine.cancel(request_id)
+        if open_jobs:
+            engine.step()  # hands out the aborts, so that the next call starts clean
+    return [job.output() for job in jobs]
 
 
 def _show_speed(bar: tqdm[None], generated: int) -> None:

@@ -1,0 +1,75 @@
+"""The watch over the engine, without one."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace.cli.launch import Launch
+from headrace.core.config import EngineConfig
+from headrace.core.errors import BrokenCheckpoint, EngineUnavailable
+from headrace.core.outputs import EngineStats
+from headrace.core.protocols import ModelCard
+from headrace.server import ServerSettings
+
+
+class Service:
+    """Becomes ready or raises ``problem``; ``dies_after`` answers about its state it has failed."""
+
+    card = ModelCard("fake", "", 100, 97, (0,))
+
+    def __init__(self, problem: Exception | None = None, dies_after: int = 10**9) -> None:
+        self._problem, self._looks, self._dies_after = problem, 0, dies_after
+
+    async def ready(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+        if self._looks >= self._dies_after:
+            raise EngineUnavailable("the engine died 6 times")
+
+    @property
+    def state(self) -> str:
+        self._looks += 1
+        return "failed" if self._looks >= self._dies_after else "ready"
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(slots_total=1234)
+
+
+def watched(service: Service, monkeypatch: pytest.MonkeyPatch, tokenizer: Exception | None = None) -> Launch:
+    """A launch whose watch has ended."""
+    monkeypatch.setattr("headrace.cli.launch.WATCH_S", 0.001)
+    monkeypatch.setattr("headrace.cli.launch._import_tokenizers", lambda: None)
+    launch = Launch(EngineConfig(), ServerSettings())
+
+    async def load() -> None:
+        if tokenizer is not None:
+            raise tokenizer
+
+    parts: Any = launch
+    parts._service, parts._server = service, SimpleNamespace(should_exit=False)
+    parts._serving = SimpleNamespace(tokenizer=load)
+    asyncio.run(asyncio.wait_for(launch._watch(), 10))
+    assert parts._server.should_exit
+    return launch
+
+
+def test_an_engine_that_cannot_load_stops_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = BrokenCheckpoint("the file is truncated")
+    assert watched(Service(problem), monkeypatch).failure is problem
+
+
+def test_an_engine_that_is_lost_later_stops_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = watched(Service(dies_after=3), monkeypatch)
+    assert isinstance(launch.failure, EngineUnavailable)
+    assert "1,234 slots" in capsys.readouterr().err  # it had been ready
+
+
+def test_a_tokenizer_that_cannot_be_read_stops_the_server_whatever_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = OSError("disk")
+    assert watched(Service(), monkeypatch, tokenizer=problem).failure is problem
