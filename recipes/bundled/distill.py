@@ -56,9 +56,10 @@ class DraftTrainer(Trainer):
             self.teacher.use_compiled_blocks()
 
     def prepare_model(self) -> None:
-        """Start the embedding from the target's."""
-        table = self.teacher.model.embed_tokens.weight
-        self.model.model.embed_tokens.weight.data.copy_(leading_directions(table, self.shape.hidden_size))
+        """Start the embedding from the target's, with a final gain that makes the first logits of unit size."""
+        table = leading_directions(self.teacher.model.embed_tokens.weight, self.shape.hidden_size)
+        self.model.model.embed_tokens.weight.data.copy_(table)
+        self.model.model.norm.weight.data.fill_(1.0 / float(table.norm(dim=1).mean()))
 
     def slice_loss(self, part: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         """Cross-entropy against the blended target; counts the rows where both models' first choices are equal."""
