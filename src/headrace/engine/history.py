@@ -24,6 +24,7 @@ class History:
         self._counts = np.zeros(len(self._ids), np.float32)
         self._places = {token: place for place, token in enumerate(seen.tolist())}
         self._synced = 0
+        self.step = 0  # when it was last used
 
     def sync(self) -> bool:
         """Count what was appended to the output since the last call; False when the output shrank, which takes a new history."""
@@ -59,10 +60,15 @@ class History:
 
 
 class Histories:
-    """Histories by sequence, recognised by the identity of the output list; the least recently used are forgotten."""
+    """Histories by sequence, recognised by the identity of the output list.
 
-    def __init__(self, capacity: int = 1024) -> None:
-        self._capacity = capacity
+    They hold as much memory as the prompts, and nobody tells when a sequence ends, so one that was not asked for in ``patience`` steps
+    is forgotten; it is counted anew should its sequence come back.
+    """
+
+    def __init__(self, patience: int = 64) -> None:
+        self._patience = patience
+        self._step = 0
         self._held: OrderedDict[int, History] = OrderedDict()
 
     def get(self, prompt: Sequence[int], output: Sequence[int]) -> History:
@@ -75,6 +81,14 @@ class Histories:
             history.sync()
             self._held[key] = history
         self._held.move_to_end(key)
-        if len(self._held) > self._capacity:
-            self._held.popitem(last=False)
+        history.step = self._step
         return history
+
+    def begin_step(self) -> None:
+        """Note that a step begins, and forget what was not used lately."""
+        self._step += 1
+        while self._held:
+            key, oldest = next(iter(self._held.items()))
+            if self._step - oldest.step <= self._patience:
+                return
+            del self._held[key]

@@ -76,6 +76,7 @@ class TorchSampler:
         """One outcome per draw, in order. A row of bad logits fails alone."""
         if not rows:
             return []
+        self._histories.begin_step()
         logits: torch.Tensor = result.logits
         if logits.device.type == "cpu":
             values = logits.detach().to(torch.float32).numpy()
