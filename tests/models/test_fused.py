@@ -14,8 +14,7 @@ from headrace.models.fused import FusedAttention, FusedMLP, FusedNorm, fuse
 from headrace.models.linear import use_native_linears
 from headrace.native import build
 
-if not build.available():
-    pytest.skip(f"no compiler: {build.why_not()}", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {build.why_not()}")
 
 # What stays the checkpoint's own: mixtures have no single MLP, and gpt-oss rotates half as many angles.
 NO_MLP = {"qwen3_moe", "mixtral", "gpt_oss"}

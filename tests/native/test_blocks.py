@@ -9,8 +9,7 @@ import torch
 
 from headrace.native import blocks, build
 
-if not build.available():
-    pytest.skip(f"no compiler: {build.why_not()}", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {build.why_not()}")
 
 
 def _values(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,8 +13,7 @@ import torch
 from headrace.native import build, skinny
 from headrace.native.skinny import PackedMatrix
 
-if not build.available():
-    pytest.skip(f"no compiler: {build.why_not()}", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {build.why_not()}")
 
 # Below, at and beyond the widths of panels (32, 16, 8 columns), row tiles (12, 6) and blocks of K (256).
 SHAPES = [(1, 1), (5, 3), (8, 16), (31, 17), (32, 64), (33, 255), (70, 256), (96, 257), (129, 600)]
