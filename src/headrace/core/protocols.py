@@ -1,8 +1,8 @@
-"""The seams between floors: clock, runner, sampler and service."""
+"""The seams between floors: clock, runner and service."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -89,18 +89,3 @@ class Service(Protocol):
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for the open ones, at most ``timeout_s`` seconds."""
-
-
-class SampleRow(Protocol):
-    """One token to draw: which row of the logits and everything the draw depends on."""
-
-    @property
-    def row(self) -> int:
-        """Row of ``StepResult.logits``."""
-
-
-class Sampler(Protocol):
-    """Draws tokens from logits."""
-
-    def sample(self, result: StepResult, rows: Sequence[SampleRow]) -> Sequence[Any]:
-        """One outcome per row, in order."""

@@ -19,6 +19,8 @@ Ints = NDArray[np.int32]
 OnFree = Callable[[Ints], None]
 OnRemap = Callable[[Ints, Ints], None]
 
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+
 
 class OutOfSlots(Exception):
     """Fewer slots are free than were asked for; nothing was taken.
@@ -143,7 +145,7 @@ class SlotPool:
 
         if name in self._planes:
             raise ValueError(f"add_plane({name!r}): the pool has a plane of that name")
-        tensor = torch.zeros((self.size, *shape), dtype=dtype, device=device)
+        tensor = _zeros((self.size, *shape), dtype, torch.device(device))
         self._planes[name] = _Plane(tensor, on_free, on_remap)
         return tensor
 
@@ -200,3 +202,18 @@ class SlotPool:
     def _tell(self, slots: Ints) -> None:
         for callback in self._watchers:
             callback(slots)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+    """Zeros; on the CPU from pages the system provides as they are first written, so an idle pool takes no memory.
+
+    ``torch.zeros`` writes every page at once: gigabytes, and seconds, before the first request.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
