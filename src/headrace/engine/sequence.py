@@ -106,8 +106,10 @@ class Sequence:
         self.output.append(token)
 
     def hold(self, slots: Ints) -> None:
-        """Note ``slots`` as the room for the next ``len(slots)`` pending tokens; ``context`` does not move yet."""
+        """Note ``slots`` as the room for the next ``len(slots)`` tokens, pending or to come; ``context`` does not move yet."""
         end = self.context + len(slots)
+        if end > len(self.slots):
+            self._grow(max(end, 2 * len(self.slots)))
         self.slots[self.context : end] = slots
 
     def segment(self, slots: Ints) -> Segment:
