@@ -1,14 +1,14 @@
-"""Open-loop replay on a virtual clock: requests come when the workload says, however far behind the engine is."""
+"""Open-loop replay: requests come when the workload says, however far behind the engine is; on a virtual clock or the wall's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from headrace.bench.metrics import RequestRow
-from headrace.core.clock import VirtualClock
 from headrace.core.errors import HeadraceError
 from headrace.core.outputs import RequestTiming
+from headrace.core.protocols import Clock
 from headrace.core.request import Request
 from headrace.engine.engine import Engine
 from headrace.engine.simulated import SimulatedEngine
@@ -22,15 +22,22 @@ class Replay:
 
     Args:
         engine: runs on ``clock``.
-        clock: moved by the engine's steps, and by the replay while nothing is there to do.
+        clock: what arrivals are compared with.
+        wait: lets the given seconds pass while nothing is there to do: ``clock.advance`` of a virtual clock, else ``time.sleep``.
         requests: in order of arrival; read as they come due.
         horizon_s: clock time at which to stop; what is open then counts as not finished.
     """
 
     def __init__(
-        self, engine: Engine, clock: VirtualClock, requests: Iterable[Request], *, horizon_s: float | None = None
+        self,
+        engine: Engine,
+        clock: Clock,
+        wait: Callable[[float], None],
+        requests: Iterable[Request],
+        *,
+        horizon_s: float | None = None,
     ) -> None:
-        self._engine, self._clock, self._horizon = engine, clock, horizon_s
+        self._engine, self._clock, self._wait_for, self._horizon = engine, clock, wait, horizon_s
         self._coming: Iterator[Request] = iter(requests)
         self._next = next(self._coming, None)
         self._open: dict[str, Request] = {}
@@ -83,7 +90,7 @@ class Replay:
             if self._engine.busy:
                 raise RuntimeError("the policy runs nothing although requests are open: no later step can change that")
             return
-        self._clock.advance(max(0.0, self._next.arrival - self._clock.now()))
+        self._wait_for(max(0.0, self._next.arrival - self._clock.now()))
 
     def _end(self, request: Request, *, finished: bool) -> None:
         self._rows.append(row_of(request, self._timings.pop(request.id, None), self._clock.now(), finished=finished))

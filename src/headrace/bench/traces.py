@@ -47,7 +47,9 @@ def load_trace(
             first = handle.readline()
             lines = _chain(first, handle)
             if first.lstrip("\ufeff").lstrip().startswith("{"):
-                made = [_from_json(line, number, baseline_tpot_ms) for number, line in enumerate(lines, 1) if line.strip()]
+                made = [
+                    _from_json(line, number, baseline_tpot_ms) for number, line in enumerate(lines, 1) if line.strip()
+                ]
             else:
                 made = _from_csv(csv.DictReader(lines), rate, seed)
     except HeadraceError as error:
@@ -74,7 +76,9 @@ def slo_of_ratio(ratio: float, baseline_tpot_ms: float | None) -> SLO:
     if ratio == 0:
         raise InvalidRequest("slo_ratio is 0: give a multiple above 0, or milliseconds below 0", field="slo_ratio")
     if baseline_tpot_ms is None:
-        raise InvalidRequest("slo_ratio is a multiple of the baseline TPOT, which is not known: give it", field="slo_ratio")
+        raise InvalidRequest(
+            "slo_ratio is a multiple of the baseline TPOT, which is not known: give it", field="slo_ratio"
+        )
     return SLO(tpot_ms=ratio * baseline_tpot_ms)
 
 
@@ -97,7 +101,8 @@ def _from_csv(reader: csv.DictReader[str], rate: float, seed: int) -> list[Arriv
         return _azure(reader)
     if {"num_prefill_tokens", "num_decode_tokens"} <= columns:
         lengths = [
-            (_length(row["num_prefill_tokens"], n), _length(row["num_decode_tokens"], n)) for n, row in enumerate(reader, 2)
+            (_length(row["num_prefill_tokens"], n), _length(row["num_decode_tokens"], n))
+            for n, row in enumerate(reader, 2)
         ]
         return poisson(rate, len(lengths), seed=seed, lengths=lengths) if lengths else []
     raise InvalidRequest(

@@ -75,9 +75,7 @@ def rescaled(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
     return [replace(a, time_s=(a.time_s - start) * factor) for a in arrivals]
 
 
-def truncated(
-    arrivals: Iterable[Arrival], *, count: int | None = None, seconds: float | None = None
-) -> list[Arrival]:
+def truncated(arrivals: Iterable[Arrival], *, count: int | None = None, seconds: float | None = None) -> list[Arrival]:
     """The first ``count`` arrivals, or those of the first ``seconds``."""
     kept: list[Arrival] = []
     for arrival in arrivals:

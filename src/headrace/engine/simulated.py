@@ -75,7 +75,7 @@ class SimulatedEngine(Engine):
         slots: tokens whose K and V fit the simulated memory.
         context: longest prompt plus output.
         prefix_cache: share the K and V of equal prefixes.
-        stretch: whether steps are taken ahead.
+        stretch: whether steps are taken ahead, as far as the policy's ``steady`` allows.
 
     Attributes:
         quiet_until: clock time of the next thing that comes from outside (an arrival, a cut-off); steps that begin later are
@@ -104,12 +104,13 @@ class SimulatedEngine(Engine):
             clock=clock,
         )
         self._packer = ShapePacker()
-        self._profile, self._virtual, self._stretch = profile, clock, stretch
+        self._profile, self._virtual = profile, clock
+        self._steady = getattr(policy, "steady", "unqueued") if stretch else "never"
         self.quiet_until = math.inf
 
     def step(self) -> list[SequenceDelta]:
         """Run one step, or as many as follow from it."""
-        most = self._ahead() if self._stretch else 0
+        most = self._ahead()
         if most < 2:
             return super().step()
         self._decode(most)
@@ -119,6 +120,8 @@ class SimulatedEngine(Engine):
     def _ahead(self) -> int:
         """Steps in which exactly the running sequences advance by a token each, up to the one that ends the first of them."""
         running = self._running.values()
+        if self._steady == "never" or (self._steady == "unqueued" and self._waiting.ready):
+            return 0
         if not running or any(s.pending != 1 or not s.output for s in running):
             return 0
         most = min(min(s.remaining for s in running), self.space.pool.free // len(running))

@@ -74,24 +74,23 @@ def save(profile: MeasuredProfile, key: ProfileKey, path: Path) -> None:
         raise
 
 
-def read(path: Path, key: ProfileKey) -> MeasuredProfile:
-    """Read a profile.
+def read(path: Path, key: ProfileKey | None = None) -> MeasuredProfile:
+    """Read a profile, whatever it was measured for unless ``key`` says.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is damaged, of another format, or measured under another key; the message says which.
     """
+    data: Any = json.loads(path.read_text(encoding="utf-8"))
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} instead of {FORMAT}")
-        if data["key"] != asdict(key):
+        if key is not None and data["key"] != asdict(key):
             raise ValueError("it was measured for something else")
         names = tuple(StepShape.__dataclass_fields__)
-        points = [
-            Point(StepShape(*(int(p[n]) for n in names)), tuple(float(v) for v in p["ms"])) for p in data["points"]
-        ]
-        return MeasuredProfile(points)
+        return MeasuredProfile(
+            [Point(StepShape(*(int(p[n]) for n in names)), tuple(float(v) for v in p["ms"])) for p in data["points"]]
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a field is missing or of the wrong kind ({error})") from error
 
