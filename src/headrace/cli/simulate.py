@@ -159,4 +159,5 @@ def _print(result: Result) -> None:
             f"{f['ttft_ms_p50']:.0f}", f"{f['ttft_ms_p99']:.0f}", f"{f['tpot_ms_p50']:.1f}", f"{f['tpot_ms_p99']:.1f}",
             f"{f['preemptions']:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    shown = Console()
+    shown.print(table, width=max(shown.width, 110), soft_wrap=True)

@@ -107,7 +107,7 @@ def choose_knots(values: Iterable[float], most: int) -> tuple[float, ...]:
 def _ramps(x: Doubles, knots: tuple[float, ...]) -> Doubles:
     """float64[m, knots - 1]: how far each x has climbed between two knots, in 0..1 (beyond 1 after the last)."""
     low, high = np.array(knots[:-1]), np.array(knots[1:])
-    share = np.maximum((x[:, None] - low) / (high - low), 0.0)
+    share: Doubles = np.maximum((x[:, None] - low) / (high - low), 0.0)
     if len(high):
         share[:, :-1] = np.minimum(share[:, :-1], 1.0)
     return share

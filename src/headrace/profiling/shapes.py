@@ -80,8 +80,8 @@ def grid(*, max_sequences: int, max_step_tokens: int, context: int, slots: int) 
         context: longest prompt plus output.
         slots: size of the slot pool; steps that do not fit are left out.
     """
-    decodes = [n for n in doubling(1, max_sequences)]
-    chunks = [n for n in doubling(4, min(max_step_tokens, context))]
+    decodes = doubling(1, max_sequences)
+    chunks = doubling(4, min(max_step_tokens, context))
     contexts = [c for c in (16, 128, 512, 1024, 2048, 4096) if c < context]
     steps = [EvenStep(decodes=n, decode_context=c) for n in decodes for c in contexts]
     steps += [EvenStep(prompts=1, chunk=n) for n in chunks]
