@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.engine import fake
 
 from headrace.bench import metrics
 from headrace.bench.machines import LinearMachine, TableMachine, get_machine
@@ -15,7 +16,6 @@ from headrace.core.policy import StepPlan, View
 from headrace.core.request import SLO
 from headrace.engine.policies import get_policy
 from headrace.engine.simulated import VOCAB, SimulatedEngine
-from tests.engine import fake
 
 
 def replay(

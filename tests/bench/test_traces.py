@@ -8,14 +8,16 @@ import lzma
 from pathlib import Path
 
 import pytest
+from tests.data import trace
 
 from headrace.bench.traces import load_trace, slo_of_ratio
 from headrace.bench.workload import BLOCK, prompt_of
 from headrace.core.errors import InvalidRequest
 from headrace.core.request import SLO
-from tests.data import trace
 
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9305900,0,109\n"
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9305900,0,109\n"
+)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -31,7 +33,9 @@ def test_azure(tmp_path: Path, suffix: str) -> None:
 
 def test_lengths_alone_arrive_at_random(tmp_path: Path) -> None:
     path = tmp_path / "lengths.csv"
-    path.write_text("num_prefill_tokens,num_decode_tokens,num_total_tokens,pd_ratio\n3772,54,3826,69.8\n2015,156,2171,12.9\n")
+    path.write_text(
+        "num_prefill_tokens,num_decode_tokens,num_total_tokens,pd_ratio\n3772,54,3826,69.8\n2015,156,2171,12.9\n"
+    )
     arrivals = load_trace(path, rate=2.0, seed=3)
     assert {(a.prompt_tokens, a.output_tokens) for a in arrivals} <= {(3772, 54), (2015, 156)}
     assert arrivals == load_trace(path, rate=2.0, seed=3)
@@ -46,7 +50,14 @@ def test_json_lines(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "own.jsonl",
         {"emission_time_ms": 2000, "prompt": "x" * 400, "output_length": 3, "slo": {"ttft_ms": 7, "tpot_ms": 8}},
-        {"emission_time_ms": 500, "input_length": 9, "output_length": 4, "slo_ratio": -50, "owner": "me", "priority": 2},
+        {
+            "emission_time_ms": 500,
+            "input_length": 9,
+            "output_length": 4,
+            "slo_ratio": -50,
+            "owner": "me",
+            "priority": 2,
+        },
         {"emission_time_ms": 700, "input_length": 9, "output_length": 4, "category": "chat"},
     )
     second, third, first = load_trace(path, slo=SLO(ttft_ms=1000))
@@ -56,9 +67,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_mooncake(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "m.jsonl", {"timestamp": 27, "input_length": 700, "output_length": 5, "hash_ids": [3, 4]}
-    )
+    path = lines(tmp_path / "m.jsonl", {"timestamp": 27, "input_length": 700, "output_length": 5, "hash_ids": [3, 4]})
     (arrival,) = load_trace(path)
     assert (arrival.time_s, arrival.prompt_tokens, arrival.blocks) == (0.027, 700, (3, 4))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -58,7 +60,7 @@ def test_sizes_learn_apart_and_what_lies_between_is_continuous() -> None:
     assert correction.factor(1000) == correction.factor(64)
     between = [correction.factor(rows) for rows in range(1, 65)]
     assert between == sorted(between, reverse=True)
-    assert max(a / b for a, b in zip(between, between[1:], strict=False)) < 1.13
+    assert max(a / b for a, b in itertools.pairwise(between)) < 1.13
     assert list(correction.factors) == [0, 6]
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from headrace.engine.engine import Engine
     from headrace.profiling.profile import MeasuredProfile, Point
 
+UNSEEN = 24
+
 
 def profile(
     model: Annotated[str, typer.Argument(help="A folder, a hub name, or bundled.")] = "bundled",
@@ -53,7 +55,9 @@ def profile(
         threads=threads, trust_remote_code=trust_remote_code, max_sequences=max_sequences, max_step_tokens=max_step_tokens,
     )  # fmt: skip
     engine = build_engine(config, progress=not as_json)
-    measured, unseen = _measured(engine, linears, repeats=repeats, max_seconds=max_seconds, again=again, console=console)
+    measured, unseen = _measured(
+        engine, linears, repeats=repeats, max_seconds=max_seconds, again=again, console=console
+    )
     errors = measured.errors(unseen)
     if plot is not None:
         _plot(plot, measured, unseen)
@@ -69,25 +73,26 @@ def _measured(
 ) -> tuple[MeasuredProfile, list[Point]]:
     from rich.progress import Progress
 
-    from headrace.engine.profiled import measure_engine, measure_held_out, profile_key
+    from headrace.engine.profiled import measure_engine, measure_unseen, profile_key
     from headrace.profiling.store import load_or_measure
 
+    unseen: list[Point] = []
     with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("timing steps")
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         def measure() -> MeasuredProfile:
-            task = bar.add_task("measuring steps")
-            return measure_engine(
-                engine,
-                repeats=repeats,
-                max_seconds=max_seconds,
-                report=lambda done, total: bar.update(task, completed=done, total=total),
+            fresh, points = measure_engine(
+                engine, unseen=UNSEEN, repeats=repeats, max_seconds=max_seconds, report=report
             )
+            unseen.extend(points)
+            return fresh
 
         found = load_or_measure(profile_key(engine, linears), measure, again=again)
-        task = bar.add_task("measuring unseen steps")
-        unseen = measure_held_out(
-            engine, repeats=repeats, report=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        if not unseen:  # it was stored: see how it fares on the machine as it is now
+            unseen = measure_unseen(engine, count=UNSEEN, repeats=repeats, report=report)
     return found, unseen
 
 

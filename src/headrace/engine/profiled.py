@@ -14,8 +14,8 @@ from headrace.core.batch import Packer
 from headrace.core.request import SamplingParams
 from headrace.engine.engine import Engine
 from headrace.engine.sampling import Draw
-from headrace.profiling.profile import MeasuredProfile, Point
 from headrace.profiling.measure import timings
+from headrace.profiling.profile import MeasuredProfile, Point
 from headrace.profiling.shapes import EvenStep, grid, held_out
 from headrace.profiling.store import ProfileKey
 from headrace.version import __version__
@@ -42,26 +42,38 @@ def step_timer(engine: Engine) -> Callable[[EvenStep], float]:
     return run
 
 
-def grid_of(engine: Engine) -> list[EvenStep]:
-    """The steps to measure on this engine."""
-    return grid(**_bounds(engine))
-
-
 def measure_engine(
     engine: Engine,
     *,
+    unseen: int = 0,
     repeats: int = 5,
     max_seconds: float | None = None,
     report: Report = lambda done, total: None,
-) -> MeasuredProfile:
-    """Time the grid's steps and fit a profile; see :func:`headrace.profiling.measure.timings`."""
-    return MeasuredProfile(
-        timings(step_timer(engine), grid_of(engine), repeats=repeats, max_seconds=max_seconds, report=report)
+) -> tuple[MeasuredProfile, list[Point]]:
+    """Time the grid's steps and fit a profile; see :func:`headrace.profiling.measure.timings`.
+
+    Args:
+        unseen: how many further steps to time in the same rounds, to hold predictions against.
+
+    Returns:
+        The profile of the grid's steps alone, and the unseen steps.
+    """
+    bounds = _bounds(engine)
+    steps = grid(**bounds)
+    points = timings(
+        step_timer(engine),
+        [*steps, *held_out(**bounds, count=unseen)],
+        repeats=repeats,
+        max_seconds=max_seconds,
+        report=report,
     )
+    return MeasuredProfile(points[: len(steps)]), points[len(steps) :]
 
 
-def measure_held_out(engine: Engine, *, count: int = 24, repeats: int = 5, report: Report = lambda d, t: None) -> list[Point]:
-    """Time steps between the grid's, to hold predictions against."""
+def measure_unseen(
+    engine: Engine, *, count: int = 24, repeats: int = 5, report: Report = lambda done, total: None
+) -> list[Point]:
+    """Time steps between the grid's, to hold a stored profile's predictions against."""
     return timings(step_timer(engine), held_out(**_bounds(engine), count=count), repeats=repeats, report=report)
 
 

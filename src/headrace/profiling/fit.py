@@ -50,7 +50,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """A fitted cost: milliseconds of a step of any shape; rises with every size. Conforms to :class:`headrace.core.protocols.Profile`."""
+    """A fitted cost: milliseconds of a step of any shape, rising with every size; a :class:`headrace.core.protocols.Profile`."""
 
     constant: float
     curves: tuple[Curve, ...]
