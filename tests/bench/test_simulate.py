@@ -39,7 +39,7 @@ def test_chunked_prefill_bounds_the_tail_of_decoding() -> None:
         p: metrics.summary(rows_of(arrivals, p, limits=limits))["tpot_ms_p99"] for p in ("chunked", "prefill-first")
     }
     longest_step = MACHINE.cost(StepShape(64, 0, 0, 1, 0))
-    assert tails["chunked"] <= longest_step
+    assert tails["chunked"] <= longest_step * (1 + 1e-9)
     assert tails["prefill-first"] > 1.4 * longest_step
 
 

@@ -62,7 +62,7 @@ def profile(
     if plot is not None:
         _plot(plot, measured, unseen)
     if as_json:
-        print(json.dumps(_as_dict(measured, unseen, errors)))
+        print(json.dumps({"file": str(path_of(profile_key(engine, linears))), **_as_dict(measured, unseen, errors)}))
         return
     _print(measured, unseen, errors)
     console.print(f"kept in {path_of(profile_key(engine, linears))}", style="dim")

@@ -14,6 +14,7 @@ from headrace.core.batch import Packer
 from headrace.core.request import SamplingParams
 from headrace.engine.engine import Engine
 from headrace.engine.sampling import Draw
+from headrace.native import build
 from headrace.profiling.measure import timings
 from headrace.profiling.profile import MeasuredProfile, Point
 from headrace.profiling.shapes import EvenStep, grid, held_out
@@ -81,9 +82,12 @@ def profile_key(engine: Engine, linears: str) -> ProfileKey:
     """What the costs of this engine's steps depend on.
 
     Args:
-        linears: which linears are in use, "module" or "native".
+        linears: as the engine was configured: "auto", "module" or "native".
     """
     card = engine.card
+    if linears == "auto":
+        packed = card.dtype == "float32" and not torch.cuda.is_available() and build.available()
+        linears = "native" if packed else "module"
     digest = hashlib.sha256(f"{card.parameters} {card.vocab_size}".encode())
     config = Path(card.path) / "config.json" if card.path else None
     if config is not None and config.is_file():

@@ -45,12 +45,12 @@ class SimulatedSampler:
 
     def sample(self, result: StepResult, rows: Sequence[Draw]) -> list[Sampled]:
         """One token per draw."""
-        return [Sampled(_token(draw)) for draw in rows]
+        return [Sampled(_token(draw.seed, draw.stop_ids)) for draw in rows]
 
 
-def _token(draw: Draw) -> int:
-    token = draw.seed % VOCAB
-    while token in draw.stop_ids:
+def _token(seed: int, stop_ids: Sequence[int]) -> int:
+    token = seed % VOCAB
+    while token in stop_ids:
         token = (token + 1) % VOCAB
     return token
 
@@ -143,9 +143,12 @@ class SimulatedEngine(Engine):
         self._stats.steps += taken
         self._stats.decode_tokens += taken * rows
         now = self._virtual.now()
-        for sequence in family:
-            slots = self.space.reserve(taken)
-            assert slots is not None
-            sequence.hold(slots)
+        slots = self.space.reserve(taken * rows)
+        assert slots is not None
+        for place, sequence in enumerate(family):
+            token = _token(sequence.draw_key, sequence.stop_ids)
+            sequence.hold(slots[place * taken : (place + 1) * taken])
             sequence.context += taken
-            self.commit(sequence, [Sampled(_token(self._draw(sequence, 0)))] * taken, now)
+            sequence.extend([token] * (taken - 1))
+            self.commit(sequence, [Sampled(token)], now)
+            self._deltas[-1].tokens = [token] * taken

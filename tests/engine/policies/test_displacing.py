@@ -47,11 +47,9 @@ def test_plans_of_ranked_policies(policy: str, running: list[Fake], bounds: Limi
     assert sorted(plan.victims) == sorted(by_id)
     worth = [rank(by_id[i]) for i in plan.victims]
     assert worth == sorted(worth, reverse=True), "the worst go first"
-    paused = [s for s in running if s not in chosen and s.width == 1]
-    if chosen and paused and sum(n for _, n in plan.chunks) < bounds.max_step_tokens:
-        assert min(rank(s) for s in paused) >= max(rank(s) for s in chosen if s.width == 1 or True) or any(
-            s.width > 1 for s in running
-        )
+    if all(s.width == 1 for s in running) and sum(n for _, n in plan.chunks) < bounds.max_step_tokens:
+        paused = [(rank(s), in_prefill(s), s.arrival, s.id) for s in running if s not in chosen]
+        assert not paused or min(paused) > max(order), "who pauses is outranked by all who run"
 
 
 @ranked
