@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 
 import pytest
+from tests import tiny
 from typer.testing import CliRunner
 
 from headrace.cli import app
 from headrace.core.errors import InvalidRequest
 from headrace.profiling import store
-from tests import tiny
 
 FAST = ["--linears", "module", "--threads", "1", "--max-sequences", "2", "--max-step-tokens", "16", "--repeats", "1",
         "--max-context", "64", "--kv-gib", "0.01", "--attention", "reference"]  # fmt: skip

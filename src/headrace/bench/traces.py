@@ -64,7 +64,7 @@ def load_trace(
 
 
 def slo_of_ratio(ratio: float, baseline_tpot_ms: float | None) -> SLO:
-    """The target behind AdaServe's ``slo_ratio``: above 0 a multiple of the baseline TPOT, below 0 milliseconds a token, above 999 none.
+    """The target behind AdaServe's ``slo_ratio``: above 0 a multiple of the baseline TPOT, below 0 milliseconds, above 999 none.
 
     Raises:
         InvalidRequest: a multiple without a baseline, or 0.

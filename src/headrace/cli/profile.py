@@ -149,4 +149,4 @@ def _plot(path: Path, measured: MeasuredProfile, unseen: Sequence[Point]) -> Non
         "one prompt, ms": prompts,
         "unseen: predicted ms over measured ms": {"predicted": pairs, "exact": [(ms, ms) for ms, _ in pairs]},
     }
-    write_curves(path, panels, x_label="tokens in the step (left), ms (right)")
+    write_curves(path, panels, x_label="tokens in the step, or measured ms")

@@ -123,7 +123,8 @@ def _profile(path: Path | None, machine: str) -> Profile:
         return store.read(path)
     except (OSError, ValueError) as error:
         raise InvalidRequest(
-            f"--profile {path}: {error}; measure one with headrace profile MODEL, which says where it is kept", field="profile"
+            f"--profile {path}: {error}; measure one with headrace profile MODEL, which says where it is kept",
+            field="profile",
         ) from error
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.policies.test_policies import Fake, limits, sequences, view
 
 from headrace.core.batch import StepShape
 from headrace.core.clock import VirtualClock
@@ -18,7 +19,6 @@ from headrace.engine.policies.order import in_prefill
 from headrace.engine.policies.priority import Priority
 from headrace.engine.policies.vtc import Vtc
 from headrace.engine.simulated import SimulatedEngine
-from tests.engine.policies.test_policies import Fake, limits, sequences, view
 
 
 def ranks(policy: str, now: float = 0.0) -> object:
