@@ -14,6 +14,7 @@ from headrace.core.outputs import RequestTiming
 from headrace.core.policy import Limits
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.policies import POLICIES, get_policy
+from headrace.engine.rng import stream_key
 from headrace.engine.simulated import VOCAB, SimulatedEngine
 
 
@@ -122,7 +123,7 @@ def test_stop_tokens_never_come() -> None:
     clock = VirtualClock(1.0)
     for stretch in (True, False):
         made = engine(clock, stretch=stretch)
-        own = made._first_sequence(request("a", 3, 9)).draw_key % VOCAB
+        own = stream_key(7) % VOCAB
         params = SamplingParams(temperature=0.0, max_tokens=9, seed=7, stop_token_ids=(own, (own + 1) % VOCAB))
         made.add(Request("a", (1, 2, 3), params))
         tokens = []

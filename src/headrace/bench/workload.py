@@ -71,8 +71,10 @@ def rescaled(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
         raise InvalidRequest(f"rate is {rate!r}: give requests per second above 0", field="rate")
     start = arrivals[0].time_s if arrivals else 0.0
     span = (arrivals[-1].time_s - start) if arrivals else 0.0
-    factor = (len(arrivals) - 1) / rate / span if span > 0 else 1.0
-    return [replace(a, time_s=(a.time_s - start) * factor) for a in arrivals]
+    if span <= 0:
+        return [replace(a, time_s=0.0) for a in arrivals]
+    whole = (len(arrivals) - 1) / rate
+    return [replace(a, time_s=(a.time_s - start) / span * whole) for a in arrivals]
 
 
 def truncated(arrivals: Iterable[Arrival], *, count: int | None = None, seconds: float | None = None) -> list[Arrival]:
