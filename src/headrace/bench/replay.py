@@ -43,6 +43,7 @@ class Replay:
         self._open: dict[str, Request] = {}
         self._timings: dict[str, RequestTiming] = {}
         self._rows: list[RequestRow] = []
+        self._idle_steps = 0
 
     def run(self) -> list[RequestRow]:
         """Replay to the end (or the horizon) and return the rows in order of ending, unfinished ones last.
@@ -63,7 +64,9 @@ class Replay:
                     self._timings[delta.request_id] = delta.timing
                 if delta.reason is not None:
                     self._end(self._open.pop(delta.request_id), finished=delta.reason in ("stop", "length"))
-            if not deltas and self._engine.stats().steps == steps:
+            if deltas or self._engine.stats().steps > steps:
+                self._idle_steps = 0
+            else:
                 self._wait()
         for request in list(self._open.values()):
             self._end(request, finished=False)
@@ -85,7 +88,10 @@ class Replay:
         return arrival if self._horizon is None else min(arrival, self._horizon)
 
     def _wait(self) -> None:
-        """Nothing ran: let time pass until the next arrival."""
+        """Nothing ran: let time pass until the next arrival. A busy engine first gets as many tries as it has requests to preempt."""
+        self._idle_steps += 1
+        if self._engine.busy and self._idle_steps <= len(self._open) + 1:
+            return
         if self._next is None:
             if self._engine.busy:
                 raise RuntimeError("the policy runs nothing although requests are open: no later step can change that")

@@ -160,5 +160,5 @@ def _print(result: Result) -> None:
             f"{f['ttft_ms_p50']:.0f}", f"{f['ttft_ms_p99']:.0f}", f"{f['tpot_ms_p50']:.1f}", f"{f['tpot_ms_p99']:.1f}",
             f"{f['preemptions']:.0f}",
         )  # fmt: skip
-    shown = Console()
-    shown.print(table, width=max(shown.width, 110), soft_wrap=True)
+    shown = Console(width=max(Console().width, 110))  # a pipe has no width of its own, and cut figures are of no use
+    shown.print(table)
