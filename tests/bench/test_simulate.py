@@ -140,7 +140,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_run(monkeypatch: pytest
 @pytest.mark.slow
 def test_an_hour_of_azure_conversations_takes_less_than_a_minute() -> None:
     arrivals = load_trace(trace("azure_llm_2023_conv.csv.gz"))
-    setting = Simulation(limits=Limits(128, 1024, 4096), context=8192)
+    setting = Simulation(limits=Limits(128, 1024, 4096))
     started = time.process_time()
     rows = replay(setting, arrivals, LinearMachine(15.0, 0.03, 0.05), "chunked", 5.5)
     taken = time.process_time() - started  # of the processor: other programs do not count
