@@ -1,4 +1,4 @@
-"""The command line: ``headrace serve``, ``chat``, ``generate``, ``models``, ``bench`` and ``version``.
+"""The command line: ``headrace serve``, ``chat``, ``generate``, ``models``, ``profile``, ``bench`` and ``version``.
 
 Exit status: 0 done, 2 something about the input (one line says what and how to mend it), 130 interrupted,
 1 a fault of headrace itself. Commands import what they need when they run, so that ``--help`` answers at once.
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from headrace.cli import bench, chat, generate, models, serve, version
+from headrace.cli import bench, chat, generate, models, profile, serve, version
 from headrace.core.errors import HeadraceError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve.serve, chat.chat, generate.generate, models.models, version.version):
+for command in (serve.serve, chat.chat, generate.generate, models.models, profile.profile, version.version):
     app.command(no_args_is_help=False)(command)
 app.add_typer(bench.bench, name="bench")
 

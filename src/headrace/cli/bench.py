@@ -8,9 +8,13 @@ from typing import Annotated
 
 import typer
 
+from headrace.cli.simulate import simulate
+
 bench = typer.Typer(
     help="Measure headrace against other systems on this machine.", no_args_is_help=True, context_settings={}
 )
+
+bench.command()(simulate)
 
 JsonPath = Annotated[
     Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
@@ -48,11 +52,11 @@ def engine(
 @bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench.engine import claims
+    from headrace.bench import engine, simulate
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
-    different = recheck(file, {"engine": claims})
+    different = recheck(file, {"engine": engine.claims, "simulate": simulate.claims})
     if different:
         lines = [f"{name}: stated {old}, the rows give {new}" for name, (old, new) in sorted(different.items())]
         raise InvalidRequest(f"{file}: claims do not follow from the rows: " + "; ".join(lines), field="file")

@@ -26,7 +26,10 @@ Linears = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option(
-        "--policy", help="Who runs in a step: chunked or prefill-first.", rich_help_panel=ENGINE, metavar="NAME"
+        "--policy",
+        help="Who runs in a step: chunked, prefill-first, priority, mlfq or vtc.",
+        rich_help_panel=ENGINE,
+        metavar="NAME",
     ),
 ]
 MaxSequences = Annotated[int, typer.Option(help="Sequences running at once.", rich_help_panel=ENGINE)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace.core.request import SLO
 
@@ -103,8 +103,17 @@ class StepPlan:
     victims: list[int] = field(default_factory=list)
 
 
+Steadiness = Literal["always", "unqueued", "never"]
+"""When a plan that gives every running sequence one token, with nobody to admit, stays the plan until a sequence ends or one
+arrives: always; only while nobody waits (the default); or the policy must see every step."""
+
+
 class Policy(Protocol):
-    """Decides who runs. Both calls are pure functions of the view."""
+    """Decides who runs. Both calls are functions of the view.
+
+    A policy that needs memory keeps it itself, changes it in these two calls only and gives the same answer to the same view
+    twice. An optional attribute ``steady`` (:data:`Steadiness`) tells simulators which steps they may take ahead.
+    """
 
     def admit(self, view: View) -> list[int]:
         """Ids of waiting sequences to admit now, in order; the engine admits them all."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from headrace.core.batch import Batch
+from headrace.core.batch import Batch, StepShape
 from headrace.core.outputs import EngineStats, SequenceDelta
 from headrace.core.request import Request
 
@@ -18,6 +18,13 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Seconds since some fixed moment."""
+
+
+class Profile(Protocol):
+    """What a step costs on this machine."""
+
+    def cost(self, shape: StepShape) -> float:
+        """Predicted milliseconds of a step of ``shape``."""
 
 
 @dataclass(slots=True)

@@ -105,9 +105,20 @@ class Sequence:
         self.length += 1
         self.output.append(token)
 
+    def extend(self, tokens: list[int]) -> None:
+        """Add several generated tokens."""
+        end = self.length + len(tokens)
+        if end > len(self.tokens):
+            self._grow(max(end, 2 * len(self.tokens)))
+        self.tokens[self.length : end] = tokens
+        self.length = end
+        self.output += tokens
+
     def hold(self, slots: Ints) -> None:
-        """Note ``slots`` as the room for the next ``len(slots)`` pending tokens; ``context`` does not move yet."""
+        """Note ``slots`` as the room for the next ``len(slots)`` tokens, pending or to come; ``context`` does not move yet."""
         end = self.context + len(slots)
+        if end > len(self.slots):
+            self._grow(max(end, 2 * len(self.slots)))
         self.slots[self.context : end] = slots
 
     def segment(self, slots: Ints) -> Segment:

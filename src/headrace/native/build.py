@@ -19,7 +19,6 @@ import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import time
@@ -27,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.core.cache import CacheUnavailable, cache_folder
 from headrace.core.errors import HeadraceError
 
 log = logging.getLogger(__name__)
@@ -144,24 +144,10 @@ def cache_dir() -> Path:
     Raises:
         NativeUnavailable: when it cannot be created, or belongs to somebody else, who could then choose the code we run.
     """
-    override, xdg = os.environ.get("HEADRACE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
-        root = Path(override) if override else (Path(xdg) if xdg else Path.home() / ".cache") / "headrace"
-        folder = root / "native"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for part in (root, folder):
-            info = part.stat()
-            if info.st_uid != os.getuid():
-                raise NativeUnavailable(
-                    f"the cache folder {part} belongs to another user: set HEADRACE_CACHE to one of your own"
-                )
-            if stat.S_IMODE(info.st_mode) & 0o022:
-                part.chmod(0o700)
-    except (OSError, RuntimeError) as error:
-        raise NativeUnavailable(
-            f"no cache folder for compiled kernels ({error}): set HEADRACE_CACHE to a writable one"
-        ) from error
-    return folder
+        return cache_folder("native")
+    except CacheUnavailable as error:
+        raise NativeUnavailable(f"no place for compiled kernels: {error.message}") from error
 
 
 def open_library(toolchain: Toolchain, folder: Path) -> ctypes.CDLL:

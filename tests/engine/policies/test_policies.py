@@ -64,7 +64,8 @@ def view(running: list[Fake], waiting: list[Fake], bounds: Limits, free: int = 1
     return View(0.0, running, sorted(waiting, key=urgency), free, 10_000, bounds)
 
 
-every_policy = pytest.mark.parametrize("policy", sorted(POLICIES))
+BASELINES = ["chunked", "prefill-first"]
+every_policy = pytest.mark.parametrize("policy", BASELINES)
 
 
 @every_policy
@@ -119,7 +120,13 @@ def test_admission_keeps_order_places_and_room(
         assert admitted, "never below one running request"
 
 
+def test_the_registry_makes_fresh_ones() -> None:
+    assert set(BASELINES) <= set(POLICIES)
+    for name in POLICIES:
+        assert get_policy(name) is not get_policy(name)
+
+
 def test_unknown_policies_are_named_with_the_choices() -> None:
-    with pytest.raises(InvalidRequest, match="chunked, prefill-first") as caught:
+    with pytest.raises(InvalidRequest, match="chunked, mlfq, prefill-first, priority, vtc") as caught:
         get_policy("fastest")
     assert caught.value.field == "policy"

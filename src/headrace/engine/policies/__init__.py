@@ -1,4 +1,4 @@
-"""Baseline scheduling policies, pure functions of the engine's view, and the registry of policies by name."""
+"""Scheduling policies, functions of the engine's view, and the registry of policies by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Callable
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Policy
 from headrace.engine.policies.chunked import Chunked
+from headrace.engine.policies.mlfq import Mlfq
 from headrace.engine.policies.prefill_first import PrefillFirst
+from headrace.engine.policies.priority import Priority
+from headrace.engine.policies.vtc import Vtc
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "chunked": Chunked,
     "prefill-first": PrefillFirst,
+    "priority": Priority,
+    "mlfq": Mlfq,
+    "vtc": Vtc,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.core.policy import StepPlan, View
+from headrace.core.policy import Steadiness, StepPlan, View
 from headrace.engine.policies.order import admit_in_order, in_prefill, urgency, victims
 
 
@@ -11,6 +11,8 @@ class Chunked:
 
     A long prompt is spread over several steps, so it never stalls those who are already being answered.
     """
+
+    steady: Steadiness = "always"
 
     def admit(self, view: View) -> list[int]:
         return admit_in_order(view)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.core.policy import StepPlan, View
+from headrace.core.policy import Steadiness, StepPlan, View
 from headrace.engine.policies.order import admit_in_order, in_prefill, urgency, victims
 
 
@@ -11,6 +11,8 @@ class PrefillFirst:
 
     Best for throughput and time to first token; decoding sequences stall behind long prompts.
     """
+
+    steady: Steadiness = "always"
 
     def admit(self, view: View) -> list[int]:
         return admit_in_order(view)

@@ -1,0 +1,163 @@
+"""Workloads: when requests arrive, how long they are and what they want; made up or reshaped, always from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from headrace.core.errors import InvalidRequest
+from headrace.core.request import SLO, Request, SamplingParams
+
+BLOCK = 512
+"""Tokens of a block of ``Arrival.blocks``."""
+
+Lengths = Callable[[np.random.Generator], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of a workload, before it has tokens.
+
+    Attributes:
+        time_s: seconds since the workload began.
+        prompt_tokens, output_tokens: lengths, each at least 1.
+        text: the prompt's text where it is known.
+        blocks: ids of the prompt's blocks of :data:`BLOCK` tokens; equal ids are equal tokens.
+        category: what kind of request it is, for reporting.
+    """
+
+    time_s: float
+    prompt_tokens: int
+    output_tokens: int
+    text: str | None = None
+    blocks: tuple[int, ...] | None = None
+    slo: SLO = field(default_factory=SLO)
+    category: str = ""
+    owner: str = ""
+    priority: int = 0
+
+
+def poisson(
+    rate: float,
+    count: int,
+    *,
+    seed: int,
+    lengths: Lengths | Sequence[tuple[int, int]] = ((512, 128),),
+    slo: SLO | None = None,
+) -> list[Arrival]:
+    """``count`` arrivals at ``rate`` a second, independent of each other.
+
+    Args:
+        lengths: (prompt, output) tokens to draw from evenly, or a function that draws them.
+        slo: targets of every request.
+    """
+    if not rate > 0:
+        raise InvalidRequest(f"rate is {rate!r}: give requests per second above 0", field="rate")
+    generator = np.random.default_rng(seed)
+    times = np.cumsum(generator.exponential(1 / rate, count))
+    made = []
+    for time in times.tolist():
+        prompt, output = lengths(generator) if callable(lengths) else lengths[int(generator.integers(len(lengths)))]
+        made.append(Arrival(time, prompt, output, slo=slo or SLO()))
+    return made
+
+
+def rescaled(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
+    """The same arrivals, faster or slower, so that ``rate`` come per second on average; the first comes at 0."""
+    if not rate > 0:
+        raise InvalidRequest(f"rate is {rate!r}: give requests per second above 0", field="rate")
+    start = arrivals[0].time_s if arrivals else 0.0
+    span = (arrivals[-1].time_s - start) if arrivals else 0.0
+    if span <= 0:
+        return [replace(a, time_s=0.0) for a in arrivals]
+    whole = (len(arrivals) - 1) / rate
+    return [replace(a, time_s=(a.time_s - start) / span * whole) for a in arrivals]
+
+
+def truncated(arrivals: Iterable[Arrival], *, count: int | None = None, seconds: float | None = None) -> list[Arrival]:
+    """The first ``count`` arrivals, or those of the first ``seconds``."""
+    kept: list[Arrival] = []
+    for arrival in arrivals:
+        if (count is not None and len(kept) >= count) or (seconds is not None and arrival.time_s > seconds):
+            break
+        kept.append(arrival)
+    return kept
+
+
+def within_context(arrivals: Iterable[Arrival], context: int) -> list[Arrival]:
+    """Arrivals cut to a model's context: output to half of it at most, then the prompt to what is left."""
+    if context < 2:
+        raise InvalidRequest(f"context is {context}: a prompt and an answer need at least 2 tokens", field="context")
+    kept = []
+    for arrival in arrivals:
+        if arrival.prompt_tokens + arrival.output_tokens > context:
+            output = min(arrival.output_tokens, max(context // 2, context - arrival.prompt_tokens))
+            arrival = replace(arrival, output_tokens=output, prompt_tokens=min(arrival.prompt_tokens, context - output))
+        kept.append(arrival)
+    return kept
+
+
+def requests(
+    arrivals: Iterable[Arrival],
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    start: float = 0.0,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+) -> Iterator[Request]:
+    """The requests of a workload, made one at a time, in order.
+
+    Every answer is as long as the workload says: greedy, end-of-text ignored.
+
+    Args:
+        vocab_size: tokens are drawn below it.
+        seed: of the drawn tokens; equal texts and equal blocks get equal tokens under one seed.
+        start: added to the arrival times, seconds.
+        tokenize: turns a prompt's text into ids; without it, as many ids as ``prompt_tokens`` are drawn.
+    """
+    for number, arrival in enumerate(arrivals):
+        yield Request(
+            id=str(number),
+            prompt=prompt_of(arrival, number, vocab_size=vocab_size, seed=seed, tokenize=tokenize),
+            params=SamplingParams(temperature=0.0, max_tokens=arrival.output_tokens, ignore_eos=True, seed=number),
+            priority=arrival.priority,
+            slo=arrival.slo,
+            tier=arrival.category or None,
+            arrival=start + arrival.time_s,
+            owner=arrival.owner,
+        )
+
+
+def prompt_of(
+    arrival: Arrival,
+    number: int,
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+) -> tuple[int, ...]:
+    """Token ids of the ``number``-th arrival's prompt; arguments as for :func:`requests`."""
+    if arrival.text is not None and tokenize is not None:
+        return tuple(tokenize(arrival.text))
+    count = arrival.prompt_tokens
+    if arrival.blocks is not None:
+        ids: list[int] = []
+        for place, block in enumerate(arrival.blocks):
+            size = min(BLOCK, count - place * BLOCK)
+            if size > 0:
+                # Drawn whole and then cut, so that a part of a block is a prefix of it.
+                ids += _drawn((seed, 1, block), BLOCK, vocab_size)[:size]
+        ids += _drawn((seed, 2, number), count - len(ids), vocab_size)
+        return tuple(ids)
+    if arrival.text is not None:
+        digest = hashlib.sha256(arrival.text.encode()).digest()
+        return tuple(_drawn((seed, 3, int.from_bytes(digest[:8], "little")), count, vocab_size))
+    return tuple(_drawn((seed, 4, number), count, vocab_size))
+
+
+def _drawn(key: tuple[int, int, int], count: int, vocab_size: int) -> list[int]:
+    drawn: list[int] = np.random.default_rng(key).integers(0, vocab_size, count).tolist()
+    return drawn
