@@ -104,3 +104,20 @@ def test_an_error_of_ours_is_one_line(capsys: pytest.CaptureFixture[str], monkey
         headrace.cli.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "headrace: this is wrong: do that\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_defaults_of_engine_options_are_the_engines_own(command: str) -> None:
+    import inspect
+    from dataclasses import asdict
+    from importlib import import_module
+
+    from headrace.core.config import EngineConfig
+    from headrace.server import ServerSettings
+
+    config = asdict(EngineConfig())
+    own = config | config["limits"] | {"drain_timeout": ServerSettings().drain_timeout_s}
+    parameters = inspect.signature(getattr(import_module(f"headrace.cli.{command}"), command)).parameters
+    shared = {name: p.default for name, p in parameters.items() if name in own}
+    assert len(shared) >= 8
+    assert shared == {name: own[name] for name in shared}

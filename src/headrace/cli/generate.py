@@ -29,17 +29,13 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, with the chat template.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, for machines.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.", rich_help_panel=options.SAMPLING)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=options.SAMPLING)] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Nucleus mass.", rich_help_panel=options.SAMPLING)] = 1.0,
-    n: Annotated[int, typer.Option("--n", help="Answers per prompt.", rich_help_panel=options.SAMPLING)] = 1,
-    seed: Annotated[int | None, typer.Option(help="Repeats exactly.", rich_help_panel=options.SAMPLING)] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop at this text; may be given again.", rich_help_panel=options.SAMPLING)
-    ] = None,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="Answer in JSON that this schema allows.", rich_help_panel=options.SAMPLING)
-    ] = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 1.0,
+    n: options.Answers = 1,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",

@@ -1,58 +1,75 @@
-"""Options that several commands share, in the words of :class:`headrace.core.config.EngineConfig`."""
+"""Options of the commands that build an engine or a server, in the words of their configurations.
+
+Annotated types for typer: a command's signature then says name, kind and default, and the help stands here, once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headrace.core.errors import InvalidRequest
 
-ENGINE = "Engine"
-SAMPLING = "Sampling"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=ENGINE, metavar="NAME")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=ENGINE, metavar="NAME")]
-Attention = Annotated[
-    str, typer.Option(help="auto, reference, numba or triton.", rich_help_panel=ENGINE, metavar="NAME")
+
+def _engine(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Engine")
+
+
+def _server(text: str, *names: str, envvar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, envvar=envvar, rich_help_panel="Server")
+
+
+def _sampling(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Sampling")
+
+
+_CODE = "Run Python code that comes with the checkpoint."
+
+DType = Annotated[str, _engine("auto, float32, bfloat16 or float16.", metavar="NAME")]
+Device = Annotated[str, _engine("auto, cpu, cuda or cuda:N.", metavar="NAME")]
+Attention = Annotated[str, _engine("auto, reference, numba or triton.", metavar="NAME")]
+Linears = Annotated[str, _engine("auto, module (the checkpoint's own) or native (compiled kernels).", metavar="NAME")]
+PolicyName = Annotated[str, _engine("Who runs in a step: chunked or prefill-first.", "--policy", metavar="NAME")]
+MaxSequences = Annotated[int, _engine("Sequences running at once.")]
+MaxStepTokens = Annotated[int, _engine("Tokens in one step.")]
+MaxQueue = Annotated[int, _engine("Waiting requests above which more are refused.")]
+KvGib = Annotated[float | None, _engine("Memory for K and V in GiB; by default a share of what is free.")]
+MaxContext = Annotated[int | None, _engine("Longest prompt plus output in tokens; by default the model's own.")]
+PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
+Threads = Annotated[int | None, _engine("CPU threads; by default OMP_NUM_THREADS, else all cores.")]
+TrustRemoteCode = Annotated[bool, _engine(_CODE, "--trust-remote-code")]
+
+Host = Annotated[str, _server("Address to listen on.")]
+Port = Annotated[int, _server("0 takes a free one.")]
+ServedName = Annotated[str | None, _server("What clients call the model.")]
+ApiKey = Annotated[
+    list[str] | None, _server("Let in only who sends this key; may be given again.", envvar="HEADRACE_API_KEY")
 ]
-Linears = Annotated[
-    str,
-    typer.Option(
-        help="auto, module (the checkpoint's own) or native (compiled kernels).", rich_help_panel=ENGINE, metavar="NAME"
+ApiKeyFile = Annotated[Path | None, _server("Keys, one a line, each after a label if you like.")]
+Tier = Annotated[
+    list[str] | None,
+    _server(
+        "Latency targets that clients choose by service_tier, as in fast:ttft_ms=300,tpot_ms=40; may be given again."
     ),
 ]
-PolicyName = Annotated[
-    str,
-    typer.Option(
-        "--policy",
-        help="Who runs in a step: chunked, prefill-first, priority, mlfq or vtc.",
-        rich_help_panel=ENGINE,
-        metavar="NAME",
-    ),
-]
-MaxSequences = Annotated[int, typer.Option(help="Sequences running at once.", rich_help_panel=ENGINE)]
-MaxStepTokens = Annotated[int, typer.Option(help="Tokens in one step.", rich_help_panel=ENGINE)]
-KvGib = Annotated[
-    float | None,
-    typer.Option(help="Memory for K and V in GiB; by default a share of what is free.", rich_help_panel=ENGINE),
-]
-MaxContext = Annotated[
-    int | None,
-    typer.Option(help="Longest prompt plus output in tokens; by default the model's own.", rich_help_panel=ENGINE),
-]
-PrefixCache = Annotated[
-    bool,
-    typer.Option(
-        "--prefix-cache/--no-prefix-cache", help="Share the K and V of equal prefixes.", rich_help_panel=ENGINE
-    ),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; all by default.", rich_help_panel=ENGINE)]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.", rich_help_panel=ENGINE),
-]
+CorsOrigin = Annotated[list[str] | None, _server("Origin whose pages may call from a browser; may be given again.")]
+ChatTemplate = Annotated[Path | None, _server("Jinja file in place of the model's template.")]
+SslCertfile = Annotated[Path | None, _server("Certificate, for HTTPS.")]
+SslKeyfile = Annotated[Path | None, _server("Its private key.")]
+DrainTimeout = Annotated[float, _server("Seconds that open requests get after a signal to stop.")]
+LogLevel = Annotated[str, _server(", ".join(LOG_LEVELS) + ".")]
+
+MaxTokens = Annotated[int, _sampling("Longest answer.")]
+Temperature = Annotated[float, _sampling("0 is greedy.")]
+TopP = Annotated[float, _sampling("Nucleus mass.")]
+Answers = Annotated[int, _sampling("Answers per prompt.", "--n")]
+Seed = Annotated[int | None, _sampling("Repeats exactly.")]
+Stop = Annotated[list[str] | None, _sampling("Stop at this text; may be given again.")]
+JsonSchema = Annotated[Path | None, _sampling("Answer in JSON that this schema allows.")]
 
 
 def read_text(path: Path, option: str) -> str:

@@ -11,49 +11,21 @@ from headrace.cli import options
 from headrace.core.errors import EngineUnavailable, InvalidRequest
 from headrace.core.request import SLO
 
-SERVER = "Server"
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder, hub name, or bundled.")] = "bundled",
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", rich_help_panel=SERVER)] = 8000,
-    served_name: Annotated[
-        str | None, typer.Option(help="What clients call the model.", rich_help_panel=SERVER)
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="HEADRACE_API_KEY",
-            help="Let in only who sends this key; may be given again.",
-            rich_help_panel=SERVER,
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="Keys, one a line, each after a label if you like.", rich_help_panel=SERVER)
-    ] = None,
-    tier: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Latency targets that clients choose by service_tier, as in fast:ttft_ms=300,tpot_ms=40; may be given again.",
-            rich_help_panel=SERVER,
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Origin whose pages may call from a browser; may be given again.", rich_help_panel=SERVER),
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file in place of the model's template.", rich_help_panel=SERVER)
-    ] = None,
-    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, for HTTPS.", rich_help_panel=SERVER)] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.", rich_help_panel=SERVER)] = None,
-    drain_timeout: Annotated[
-        float,
-        typer.Option(help="Seconds that open requests get after a signal to stop.", rich_help_panel=SERVER),
-    ] = 30.0,
-    log_level: Annotated[str, typer.Option(help=", ".join(LOG_LEVELS) + ".", rich_help_panel=SERVER)] = "warning",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folder, hub name, or bundled.")] = "bundled",
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    served_name: options.ServedName = None,
+    api_key: options.ApiKey = None,
+    api_key_file: options.ApiKeyFile = None,
+    tier: options.Tier = None,
+    cors_origin: options.CorsOrigin = None,
+    chat_template: options.ChatTemplate = None,
+    ssl_certfile: options.SslCertfile = None,
+    ssl_keyfile: options.SslKeyfile = None,
+    drain_timeout: options.DrainTimeout = 30.0,
+    log_level: options.LogLevel = "warning",
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
@@ -61,9 +33,7 @@ def serve(
     policy: options.PolicyName = "chunked",
     max_sequences: options.MaxSequences = 64,
     max_step_tokens: options.MaxStepTokens = 512,
-    max_queue: Annotated[
-        int, typer.Option(help="Waiting requests above which more are refused.", rich_help_panel=options.ENGINE)
-    ] = 256,
+    max_queue: options.MaxQueue = 256,
     kv_gib: options.KvGib = None,
     max_context: options.MaxContext = None,
     prefix_cache: options.PrefixCache = True,
@@ -156,8 +126,8 @@ def _text(path: Path | None) -> str | None:
 def _start_logging(level: str) -> None:
     import logging
 
-    if level not in LOG_LEVELS:
-        raise InvalidRequest(f"--log-level {level!r}: choose one of {', '.join(LOG_LEVELS)}", field="log_level")
+    if level not in options.LOG_LEVELS:
+        raise InvalidRequest(f"--log-level {level!r}: choose one of {', '.join(options.LOG_LEVELS)}", field="log_level")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level != "debug":
         logging.getLogger("uvicorn").setLevel("WARNING")  # its notes on processes and lifespans help nobody else
