@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", show_default=False)] = None,
     model: Annotated[str, typer.Option(help="Folder, hub name, or bundled.")] = "bundled",
     file: Annotated[Path | None, typer.Option(help="Read more prompts from FILE, one a line (- is the input).")] = None,
     chat: Annotated[

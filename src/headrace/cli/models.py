@@ -14,7 +14,7 @@ from headrace.core.errors import HeadraceError, ModelNotFound
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A folder, a hub name, or bundled.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A folder, a hub name, or bundled.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for machines.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")

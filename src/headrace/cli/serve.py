@@ -13,7 +13,7 @@ from headrace.core.request import SLO
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folder, hub name, or bundled.")] = "bundled",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub name, or bundled.")] = "bundled",
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     served_name: options.ServedName = None,
