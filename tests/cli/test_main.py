@@ -35,7 +35,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         f"    print('IMPORTED', *[name for name in {HEAVY} if name in sys.modules])\n"
         "    sys.exit(end.code)\n"
     )
-    for arguments in ([], ["serve"], ["chat"], ["generate"], ["models"], ["bench"]):
+    for arguments in ([], ["serve"], ["chat"], ["generate"], ["models"], ["profile"], ["bench"]):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments, "--help"],
             capture_output=True,
@@ -46,7 +46,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.rstrip().endswith("IMPORTED"), done.stdout[-200:]
         if not arguments:
-            for command in ("serve", "chat", "generate", "models", "bench", "version"):
+            for command in ("serve", "chat", "generate", "models", "profile", "bench", "version"):
                 assert f"│ {command} " in done.stdout
 
 

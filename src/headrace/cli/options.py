@@ -33,7 +33,9 @@ DType = Annotated[str, _engine("auto, float32, bfloat16 or float16.", metavar="N
 Device = Annotated[str, _engine("auto, cpu, cuda or cuda:N.", metavar="NAME")]
 Attention = Annotated[str, _engine("auto, reference, numba or triton.", metavar="NAME")]
 Linears = Annotated[str, _engine("auto, module (the checkpoint's own) or native (compiled kernels).", metavar="NAME")]
-PolicyName = Annotated[str, _engine("Who runs in a step: chunked or prefill-first.", "--policy", metavar="NAME")]
+PolicyName = Annotated[
+    str, _engine("Who runs in a step: chunked, prefill-first, priority, mlfq or vtc.", "--policy", metavar="NAME")
+]
 MaxSequences = Annotated[int, _engine("Sequences running at once.")]
 MaxStepTokens = Annotated[int, _engine("Tokens in one step.")]
 MaxQueue = Annotated[int, _engine("Waiting requests above which more are refused.")]
