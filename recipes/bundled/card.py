@@ -20,7 +20,8 @@ chat template (system, user, assistant).
 
 LENGTHS = """\
 The draft reads {ratio} of the target's weights for a token, LM head included. Most training rows were 256 or 512 tokens long; the last
-tenths of the target's time had 1024 and then 2048, the draft's 1024. Positions go to 2048.
+eighth of the target's time had 1024 and then 2048, the end of the draft's 1024. Positions go to 2048. The schedule follows the clock:
+how many tokens fit depends on what else the machine does, so a rerun gives a similar pair and not the same one.
 """
 
 METHOD = """\
@@ -100,7 +101,16 @@ def _numbers(result: dict[str, Any], work: Path) -> str:
         for name, sizes in report.items()
     ]
     rows.append(["mean", "", "", "", "", *(f"{agree['all'][key]:.2f}" for key in ("greedy", "sampled", "chain4"))])
-    head = ["source", "tokens", "held out", "target bits/byte", "draft bits/byte", "greedy", "sampled", "of 4"]
+    head = [
+        "source",
+        "tokens there are",
+        "held out",
+        "target bits/byte",
+        "draft bits/byte",
+        "greedy",
+        "sampled",
+        "of 4",
+    ]
     return _table(head, rows)
 
 
