@@ -17,7 +17,7 @@ import torch
 from headrace.core.protocols import ModelCard
 
 if TYPE_CHECKING:
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -150,7 +150,7 @@ def build(family: str, attention: str | None = None) -> Any:
 
 def loaded(family: str, module: Any = None) -> LoadedModel:
     """A :class:`LoadedModel` of ``family`` (of ``module`` if given) that never was on disk."""
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
     module = build(family) if module is None else module
     card = ModelCard(family, "", CONTEXT, VOCAB, (EOS, IM_END), dtype="float32", parameters=module.num_parameters())

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import tomllib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Progress:
         self.loss, self.agree, self.count, self.tokens, self.since = 0.0, 0.0, 0, 0, now
 
 
-class Trainer:
+class Trainer(ABC):
     """State and loop of one model's training; a subclass says what the loss is."""
 
     name = ""
@@ -104,12 +105,12 @@ class Trainer:
         self.step, self.seen, self.spent = 0, 0, 0.0
         self._resume()
 
-    def prepare_model(self) -> None:
+    def prepare_model(self) -> None:  # noqa: B027  a hook that most have no use for
         """Change the fresh weights before they move to the device."""
 
+    @abstractmethod
     def slice_loss(self, part: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         """(loss to minimise, rows that agree with a teacher) of rows `part` [n, length + 1], every token weighing `weight`."""
-        raise NotImplementedError
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.path)

@@ -16,7 +16,7 @@ from headrace.engine.service import ProcessService
 if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard
     from headrace.engine.engine import Engine
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:

@@ -17,7 +17,8 @@ from tests import tiny
 
 from headrace.core.errors import BrokenCheckpoint, HeadraceError, InvalidRequest, OutOfMemory, UnsupportedModel
 from headrace.models import families, probe
-from headrace.models.load import LoadedModel, load, stop_ids
+from headrace.models.load import load, stop_ids
+from headrace.models.loaded import LoadedModel
 
 
 @pytest.fixture(scope="module")

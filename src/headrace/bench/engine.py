@@ -23,7 +23,7 @@ from headrace.core.policy import Limits
 from headrace.core.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
 SHAPES: dict[str, dict[str, int]] = {
     "125m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -123,7 +123,7 @@ def _loaded(bench: EngineBench) -> LoadedModel:
     import torch
 
     from headrace.core.protocols import ModelCard
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
     module = _module(bench)
     config = module.config

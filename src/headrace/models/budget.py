@@ -10,7 +10,7 @@ from headrace.core.errors import InvalidRequest, OutOfMemory
 from headrace.models.families import kv_shape
 
 if TYPE_CHECKING:
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
 GIB = 1 << 30
 # Shares of the memory that is free once the model is loaded. A CPU's memory belongs to other programs too, so there is a ceiling.

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,9 @@ import torch
 from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
 from headrace.models import budget, checkpoint, families, hub, probe, rope, support
+from headrace.models.loaded import LoadedModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True)
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        module: the ``*ForCausalLM`` in evaluation mode.
-        config: its configuration; of a multi-modal checkpoint the text part's.
-        path: the checkpoint's folder.
-        card: what faces need to know.
-        dtype: of the weights, and of K and V.
-        device: where the weights are.
-    """
-
-    module: Any
-    config: Any
-    path: Path
-    card: ModelCard
-    dtype: torch.dtype
-    device: torch.device
 
 
 def load(

@@ -18,7 +18,7 @@ from headrace.models.runner import ModelRunner
 from headrace.models.slots import SlotPool
 
 if TYPE_CHECKING:
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
 
 TOKENS = 24
 # Largest relative error of a row's logits, as the median over rows: half precision may flip an expert of a row or two.

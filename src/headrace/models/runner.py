@@ -17,7 +17,7 @@ from headrace.models.hook import Step, install
 from headrace.models.stack import forward_of
 
 if TYPE_CHECKING:
-    from headrace.models.load import LoadedModel
+    from headrace.models.loaded import LoadedModel
     from headrace.models.slots import SlotPool
 
 

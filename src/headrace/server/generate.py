@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Header
 from fastapi import Request as HttpRequest
@@ -16,10 +16,11 @@ from headrace.core.protocols import ModelCard
 from headrace.core.request import Request, SamplingParams
 from headrace.server.access import CLIENT_LEFT
 from headrace.server.errors import json_response
-from headrace.server.feed import Feed, Piece
+from headrace.server.feed import Feed
 from headrace.server.sampling import resolve_slo
 from headrace.server.schemas import GenerationBody
 from headrace.server.serving import Serving
+from headrace.server.shape import Shape
 from headrace.server.stream import EventStream, watching
 
 if TYPE_CHECKING:
@@ -29,19 +30,6 @@ if TYPE_CHECKING:
 SLOHeader = Annotated[
     str | None, Header(alias="X-Headrace-SLO", description="Latency targets, as in `ttft_ms=200,tpot_ms=50`.")
 ]
-
-
-class Shape(Protocol):
-    """How an answer is written: as one object, or as the chunks of a stream."""
-
-    def reply(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """The whole answer."""
-
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        """The events for a piece."""
-
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last event of a stream, when the client asked for usage."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from headrace.server.feed import Feed
 from headrace.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from headrace.server.generate import Shape
+    from headrace.server.shape import Shape
 
 log = logging.getLogger(__name__)
 

@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from headrace.core.batch import WORD_BITS, Batch
-from headrace.models.attention.interface import AttentionBackend, AttentionStep, check_window
+from headrace.models.attention.gpu_step import Launch, TritonStep, padded
+from headrace.models.attention.interface import AttentionBackend, check_window
 
 PART = 512  # context keys of a part: 8 K/V heads over 8k of context fill a large GPU with one sequence
 ROWS = 64  # packed queries of a tile
-LEAST = 16  # smallest side of a matrix product in Triton
 NO_WINDOW = 1 << 30
-
-
-@dataclass(slots=True)
-class _Launch:
-    """Tiles of one size.
-
-    ``tasks`` int32[n, 11] are parts as the kernel reads them: first row, rows, start of the segment's context, first and
-    last key, first and last own row, start of the segment, start of its mask (-1: a chain), words of a mask row, and room
-    for the part's sums (-1: none needed). ``merges`` int32[m, 4] are the tiles that have several parts: first row, rows,
-    first room, parts.
-    """
-
-    tasks: torch.Tensor
-    merges: torch.Tensor
-    parts: int
-
-
-@dataclass(slots=True)
-class TritonStep(AttentionStep):
-    """A batch on the device, and launches per (head group, window), each by tile size."""
-
-    device: torch.device
-    positions: torch.Tensor
-    writes: torch.Tensor
-    slots: torch.Tensor
-    words: torch.Tensor
-    launches: dict[tuple[int, int | None], dict[int, _Launch]] = field(default_factory=dict)
 
 
 class TritonAttention(AttentionBackend):
@@ -113,7 +85,7 @@ class TritonAttention(AttentionBackend):
         return out
 
 
-def _launches(batch: Batch, group: int, window: int | None, device: torch.device) -> dict[int, _Launch]:
+def _launches(batch: Batch, group: int, window: int | None, device: torch.device) -> dict[int, Launch]:
     """Cut a batch into tiles by size and parts; how a segment is cut depends on that segment alone."""
     tasks: dict[int, list[tuple[int, ...]]] = {}
     merges: dict[int, list[tuple[int, ...]]] = {}
@@ -123,7 +95,7 @@ def _launches(batch: Batch, group: int, window: int | None, device: torch.device
         start, stop = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
         held = int(batch.context_starts[s + 1] - batch.context_starts[s])
         rows = max(1, ROWS // group)
-        block = max(LEAST, _power_of_two(min(stop - start, rows) * group))
+        block = padded(min(stop - start, rows) * group)
         chain = batch.mask_starts[s] == batch.mask_starts[s + 1]
         mask = -1 if chain else int(batch.mask_starts[s])
         width = (stop - start + WORD_BITS - 1) // WORD_BITS
@@ -161,18 +133,4 @@ def _launches(batch: Batch, group: int, window: int | None, device: torch.device
     def put(items: list[tuple[int, ...]], columns: int) -> torch.Tensor:
         return torch.tensor(items, dtype=torch.int32).view(-1, columns).to(device)
 
-    return {b: _Launch(put(t, 11), put(merges.get(b, []), 4), parts_of[b]) for b, t in tasks.items()}
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def padded(n: int) -> int:
-    """The side of a block that holds ``n`` numbers."""
-    return max(LEAST, _power_of_two(n))
-
-
-def kernel_dims(q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-    """Compile-time sizes that follow from the tensors."""
-    return {"DIM": q.shape[2], "WIDE": v.shape[2], "BLOCK_D": padded(q.shape[2]), "BLOCK_W": padded(v.shape[2])}
+    return {b: Launch(put(t, 11), put(merges.get(b, []), 4), parts_of[b]) for b, t in tasks.items()}

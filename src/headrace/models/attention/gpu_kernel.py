@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.models.attention.gpu import kernel_dims
+from headrace.models.attention.gpu_step import kernel_dims
 
 if TYPE_CHECKING:
-    from headrace.models.attention.gpu import TritonStep, _Launch
+    from headrace.models.attention.gpu_step import Launch, TritonStep
 
 _TASK = tl.constexpr(11)
 _MASKED = tl.constexpr(-1e30)
@@ -181,7 +181,7 @@ def run(
     out: torch.Tensor,
     sinks: torch.Tensor | None,
     step: TritonStep,
-    launch: _Launch,
+    launch: Launch,
     *,
     heads: int,
     block: int,
