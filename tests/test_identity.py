@@ -11,12 +11,14 @@ import pytest
 import torch
 from tests import tiny
 
+from headrace.core.batch import Ints, Segment
 from headrace.core.policy import Limits
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import TorchSampler
+from headrace.engine.sequence import Sequence
 from headrace.models.runner import ModelRunner
 from headrace.models.slots import SlotPool
 
@@ -164,14 +166,14 @@ def test_other_families_under_the_hardest_case(family: str) -> None:
 
 def test_a_shifted_position_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: positions off by one after the prompt change the text."""
-    real = Engine._segment
+    real = Sequence.segment
 
-    def shifted(sequence: Any, slots: Any) -> Any:
+    def shifted(sequence: Sequence, slots: Ints) -> Segment:
         segment = real(sequence, slots)
         if sequence.output:
             segment.positions = segment.positions + 1
         return segment
 
-    monkeypatch.setattr(Engine, "_segment", staticmethod(shifted))
+    monkeypatch.setattr(Sequence, "segment", shifted)
     with pytest.raises(AssertionError, match="diverges"):
         check("llama", CASES["plain"])

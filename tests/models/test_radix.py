@@ -229,3 +229,22 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestCache = CacheMachine.TestCase
+
+
+def test_a_node_cut_before_a_held_slot_knows_its_free_end() -> None:
+    """Only a slot in the middle is held, then another sequence branches off before it: both parts count right."""
+    pool = SlotPool(16)
+    cache = RadixCache(pool)
+    first = pool.take(3)
+    cache.insert(0, [1, 1, 1], first)
+    pool.release(first[[0, 2]])
+    assert cache.evictable == 1
+    second = pool.take(1)
+    cache.insert(0, [1, 2], np.array([first[0], second[0]]))
+    assert cache.evictable == 1
+    pool.release(first[1:2])
+    assert cache.evictable == 2, "the branch's own slot is held, and so is what leads to it only by its child"
+    pool.release(second)
+    assert cache.evictable == 4
+    assert cache.evict(4) == 4
+    assert pool.free == 16

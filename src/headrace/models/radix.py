@@ -238,7 +238,7 @@ class RadixCache:
         upper = self._new(node.parent, node.tokens[:at].copy(), node.slots[:at].copy())
         node.tokens, node.slots, node.parent = node.tokens[at:].copy(), node.slots[at:].copy(), upper
         upper.children[int(node.tokens[0])] = node
-        upper.tail = max(0, node.tail - len(node.slots))
+        upper.tail = self._unshared(upper.slots)  # more than node.tail tells, where a slot in between is held
         node.tail = min(node.tail, len(node.slots))
         upper.blocked = 0 if node.whole else 1
         return upper
@@ -272,12 +272,16 @@ class RadixCache:
 
     def _measure(self, node: _Node) -> None:
         """Bring ``node.tail`` and all that follows from it up to date with the pool."""
-        others = np.flatnonzero(self._pool.refs(node.slots) > 1)
         loose, whole = node.loose, node.whole
-        node.tail = len(node.slots) - (int(others[-1]) + 1 if len(others) else 0)
+        node.tail = self._unshared(node.slots)
         self._evictable += node.loose - loose
         if node.whole != whole:
             self._block(node.parent, 1 if whole else -1)
+
+    def _unshared(self, slots: Ints) -> int:
+        """How many slots at the end of a run only the tree references."""
+        others = np.flatnonzero(self._pool.refs(slots) > 1)
+        return len(slots) - (int(others[-1]) + 1 if len(others) else 0)
 
     def _on_references(self, slots: Ints) -> None:
         numbers = self._owner[slots]
