@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,8 @@ from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import TorchSampler
 from headrace.engine.sequence import Sequence
+from headrace.models.hub import resolve
+from headrace.models.load import load
 from headrace.models.runner import ModelRunner
 from headrace.models.slots import SlotPool
 
@@ -38,8 +39,19 @@ def prompts() -> list[list[int]]:
 @functools.cache
 def expected(family: str) -> list[list[int]]:
     """What ``transformers.generate`` says to each prompt, alone."""
-    module = tiny.build(family, "eager")
+    module = plain(family)
     return [generate(module, prompt) for prompt in prompts()]
+
+
+def plain(family: str) -> Any:
+    """The model as transformers runs it; "bundled" is the one that ships with headrace."""
+    if family != "bundled":
+        return tiny.build(family, "eager")
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        resolve("bundled"), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def generate(module: Any, prompt: list[int]) -> list[int]:
@@ -58,7 +70,7 @@ def generate(module: Any, prompt: list[int]) -> list[int]:
 
 @functools.cache
 def exact(family: str) -> Any:
-    return copy.deepcopy(tiny.build(family, "eager")).double()
+    return plain(family).double()
 
 
 def top_gap(family: str, tokens: list[int]) -> float:
@@ -94,11 +106,11 @@ CASES = {
     "neighbours cancelled": Case(cancel=True),
     "reference attention": Case(attention="reference"),
 }
-REQUIRED = ["llama", "qwen3", "mistral", "gemma3", "qwen3_moe"]
+REQUIRED = ["llama", "qwen3", "mistral", "gemma3", "qwen3_moe", "bundled"]
 
 
 def build(family: str, case: Case) -> Engine:
-    model = tiny.loaded(family)
+    model = load("bundled", progress=False) if family == "bundled" else tiny.loaded(family)
     pool = SlotPool(case.slots)
     return Engine(
         ModelRunner(model, pool, attention=case.attention),
