@@ -7,8 +7,9 @@ import pytest
 from tests.engine import fake
 from tests.llm.doubles import CharTokenizer, llm, text_of
 
-from headrace.core.errors import ContextTooLong, EngineUnavailable, InvalidRequest
+from headrace.core.errors import ContextTooLong, EngineUnavailable, HeadraceError, InvalidRequest
 from headrace.core.request import SLO, SamplingParams
+from headrace.engine.sampling import Sampled
 from headrace.llm import LLM, RequestOutput
 
 SEEDED = SamplingParams(max_tokens=12, seed=7, ignore_eos=True)
@@ -199,3 +200,22 @@ def test_result_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     (result,) = model.generate("abc", SEEDED, use_tqdm=False)
     assert isinstance(result, RequestOutput)
     assert result.finished
+
+
+def test_an_answer_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt that starts with token 90 gets bad logits; its neighbours end as if it were not there."""
+    model, engine = llm(monkeypatch)
+    real = engine.sampler.sample
+
+    def sample(result: Any, rows: Any) -> Any:
+        drawn = real(result, rows)
+        lost = Sampled(-1, error=HeadraceError("bad logits"))
+        return [lost if d.prompt[0] == 90 else s for d, s in zip(rows, drawn, strict=True)]
+
+    monkeypatch.setattr(engine.sampler, "sample", sample)
+    good, bad, other = model.generate(["abc", [90, 3], "xyz"], SEEDED, use_tqdm=False)
+    assert (bad.outputs[0].finish_reason, bad.outputs[0].error) == ("error", "bad logits")
+    assert bad.finished
+    for result, prompt in ((good, "abc"), (other, "xyz")):
+        assert result.outputs[0].error is None
+        assert result.outputs[0].token_ids == expected(prompt)

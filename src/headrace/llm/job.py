@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from headrace.core.errors import InvalidRequest
 from headrace.core.outputs import RequestTiming, SequenceDelta, TokenLogprobs
 from headrace.core.request import SLO, Request
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -45,13 +46,16 @@ class Job:
             True when a stop string ended the answer before the engine knew, so that the sequence is to be cancelled.
 
         Raises:
-            HeadraceError: the engine gave the request up.
+            InvalidRequest: the request turned out to be one that cannot be served.
         """
-        if delta.error is not None:
+        if isinstance(delta.error, InvalidRequest):
             raise delta.error
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
             return False  # the abort that answers our cancel
+        if delta.error is not None:  # this answer is lost, the others are not
+            answer.finish_reason, answer.error = "error", delta.error.message
+            return False
         self._timings[delta.index] = delta.timing or self._timings[delta.index]
         new = self._streams[delta.index].push(delta)
         answer.text += new.text

@@ -22,6 +22,7 @@ class CompletionOutput:
 
     ``logprobs`` has one mapping per token, from token id to :class:`Logprob`, with the chosen token among them.
     ``stop_reason`` is the stop string or the stop token id that ended it, None for the model's own end of text.
+    ``error`` says what went wrong where ``finish_reason`` is "error"; the text is what came before.
     """
 
     index: int
@@ -31,6 +32,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
