@@ -57,8 +57,8 @@ def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
 
     choose_linears(model, config.linears)
     context = longest_context(config, model.card)
-    pool = SlotPool(kv_slots(model, config.kv_gib, context))
-    runner = ModelRunner(model, pool, attention=config.attention)
+    pool = SlotPool(kv_slots(model, config.kv_gib, context, config.kv_cache_dtype))
+    runner = ModelRunner(model, pool, attention=config.attention, kv_cache_dtype=config.kv_cache_dtype)
     card = replace(model.card, name=config.served_name or model.card.name, context=min(context, pool.size))
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
     return Engine(

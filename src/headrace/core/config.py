@@ -24,6 +24,7 @@ class EngineConfig:
         policy: a registered policy's name.
         limits: bounds of a step.
         kv_gib: GiB for K and V; None takes a share of the free memory.
+        kv_cache_dtype: "auto" (the model's dtype) or "int8", which holds nearly four times the tokens of float32.
         max_context: longest prompt plus output in tokens; None takes the model's own.
         prefix_cache: share the K and V of equal prefixes between requests.
         max_queue: waiting requests above which new ones are refused.
@@ -40,6 +41,7 @@ class EngineConfig:
     policy: str = "chunked"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None
+    kv_cache_dtype: str = "auto"
     max_context: int | None = None
     prefix_cache: bool = True
     max_queue: int = 256
