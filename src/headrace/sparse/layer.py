@@ -1,0 +1,237 @@
+"""One layer of a transformers cache that attends through an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from headrace.core.errors import InvalidRequest
+from headrace.sparse.attend import add_rest, attend_rows
+from headrace.sparse.codebook import Codes
+from headrace.sparse.index import PQIndex, attended, best
+from headrace.sparse.regions import Regions, Window
+
+
+@dataclass(frozen=True, slots=True)
+class PQSettings:
+    """How a layer searches.
+
+    Attributes:
+        regions: the budget and how it is spent.
+        codes: sub-spaces and bits of the sketch.
+        iterations: of Lloyd at a fit.
+        refresh: fit anew once the middle has grown by this share since the last fit, because the keys of a long answer drift away from
+            centroids fitted on its prompt; None never does, as in the paper.
+        residual: mend the output with the estimated weight of what was not read.
+        crossover: contexts shorter than this are attended to whole.
+        seed: of the draw that a fit starts from.
+    """
+
+    regions: Regions = field(default_factory=Regions)
+    codes: Codes = field(default_factory=Codes)
+    iterations: int = 8
+    refresh: float | None = 1.0
+    residual: bool = False
+    crossover: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.refresh is not None and self.refresh <= 0:
+            raise InvalidRequest(f"refresh is {self.refresh}: give a share above 0, or None for never", field="refresh")
+        if self.iterations < 0 or self.crossover < 0:
+            raise InvalidRequest("iterations and crossover are numbers of 0 or more", field="iterations")
+
+
+class PQLayer(CacheLayerMixin):  # type: ignore[misc]
+    """K and V of every token, kept exactly, and a sketch of the middle keys that says which of them a decode step reads.
+
+    Prompts, chunks and drafts of several tokens attend exactly; one token at a time goes through :meth:`attend`. Rows are
+    numbered sequence by sequence, KV heads within: R = B * H.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, settings: PQSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or PQSettings()
+        self._start()
+
+    def _start(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = 0
+        self.prompt = 0
+        self.index: PQIndex | None = None
+        self._fitted = 0
+        self._sum: Tensor | None = None  # of the first `_summed` values of the middle, float32[R, D]
+        self._summed = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new rows [B, H, n, D]; gives back all of them, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        added = key_states.shape[2]
+        self.keys = _put(self.keys, self.length, key_states)
+        self.values = _put(self.values, self.length, value_states)
+        self.length += added
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self._start()
+
+    def crop(self, tokens: int) -> None:
+        """Forget ``-tokens`` tokens, or, for a positive number, all but the first ``tokens``."""
+        if not self.is_initialized or tokens == 0:
+            return
+        self.length = max(0, self.length + tokens) if tokens < 0 else min(self.length, tokens)
+        self.prompt = min(self.prompt, self.length)
+        if self.index is not None:
+            first, last = self.window.middle(self.length)
+            self.index.truncate(last - first)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._take(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._take(torch.arange(self.keys.shape[0], device=self.device)[indices])
+
+    def _take(self, chosen: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        chosen = chosen.to(self.device)
+        heads = self.keys.shape[1]
+        self.keys, self.values = self.keys.index_select(0, chosen), self.values.index_select(0, chosen)
+        rows = (chosen[:, None] * heads + torch.arange(heads, device=self.device)).flatten()
+        if self.index is not None:
+            self.index.select_rows(rows)
+        if self._sum is not None:
+            self._sum = self._sum.index_select(0, rows)
+
+    @property
+    def window(self) -> Window:
+        """Sizes of the regions now. What is there when the first token is retrieved for counts as the prompt."""
+        return self.settings.regions.window(self.prompt or self.length - 1, self.length)
+
+    def attend(self, query: Tensor, scale: float, padding: Tensor | None = None) -> Tensor:
+        """Attention of the newest token.
+
+        Args:
+            query: [B, Hq, 1, D].
+            scale: factor on the scores.
+            padding: int64[B], tokens at the start of each sequence that are not its own; none by default.
+
+        Returns:
+            [B, Hq, 1, D] of the query's dtype.
+        """
+        batch, query_heads, _, size = query.shape
+        heads = self.keys.shape[1]
+        rows = batch * heads
+        queries = query.reshape(rows, query_heads // heads, size)
+        skip = None if padding is None else padding.repeat_interleave(heads)
+        keys, values = (part[:, :, : self.length].flatten(0, 1) for part in (self.keys, self.values))
+        window = self.window
+        first, last = window.middle(self.length)
+        if self.length < self.settings.crossover or last - first <= max(
+            window.retrieved, self.settings.codes.centroids
+        ):
+            index = torch.arange(self.length, device=query.device).expand(rows, -1)
+            valid = None if skip is None else index >= skip[:, None]
+            output, _ = attend_rows(queries, keys, values, index, valid, scale)
+        else:
+            self._catch_up(keys, first, last, skip)
+            output = self._retrieve(queries, keys, values, window, skip, scale)
+        return output.to(query.dtype).view(batch, query_heads, 1, size)
+
+    def _catch_up(self, keys: Tensor, first: int, last: int, skip: Tensor | None) -> None:
+        """Code the tokens that have left the local window since the last step, once each; fit anew when it is time."""
+        settings, count = self.settings, last - first
+        stale = (
+            self.index is not None and settings.refresh is not None and count > self._fitted * (1.0 + settings.refresh)
+        )
+        if self.index is None:
+            self.prompt = self.length - 1
+        if self.index is None or stale:
+            self.index = PQIndex(settings.codes, iterations=settings.iterations, seed=settings.seed)
+            # A row that is padding almost throughout still needs a key to fit on; selection leaves it out all the same.
+            self.index.build(keys[:, first:last], None if skip is None else skip.clamp(max=count - 1))
+            self._fitted = count
+        elif count > self.index.length:
+            self.index.append(keys[:, first + self.index.length : last])
+
+    def _retrieve(
+        self, queries: Tensor, keys: Tensor, values: Tensor, window: Window, skip: Tensor | None, scale: float
+    ) -> Tensor:
+        assert self.index is not None
+        first, last = window.middle(self.length)
+        scores = self.index.scores(queries, scale)
+        found = best(attended(scores), window.retrieved) + first
+        fixed = torch.cat(
+            [torch.arange(first, device=found.device), torch.arange(last, self.length, device=found.device)]
+        )
+        index = torch.cat([fixed.expand(len(found), -1), found], 1)
+        valid = None
+        if skip is not None:
+            # Each sequence's initial tokens begin behind its padding; what lies beyond the middle is attended to anyway.
+            index[:, :first] += skip[:, None]
+            valid = index >= skip[:, None]
+            valid[:, :first] &= index[:, :first] < last
+            valid[:, first + self.length - last :] &= found >= (skip + first)[:, None]
+        output, total = attend_rows(queries, keys, values, index, valid, scale)
+        if not self.settings.residual:
+            return output
+        left = scores.scatter(2, (found - first)[:, None].expand(-1, scores.shape[1], -1), -torch.inf)
+        return add_rest(output, total, left.logsumexp(-1), self._mean_value(values[:, first:last], skip))
+
+    def _mean_value(self, middle: Tensor, skip: Tensor | None) -> Tensor:
+        """Mean of the middle's values [R, n, D] without padding, from a running sum: float32[R, D]."""
+        count = middle.shape[1]
+        if self._sum is None or self._summed > count:
+            self._sum, self._summed = torch.zeros(len(middle), middle.shape[2], device=middle.device), 0
+        fresh = middle[:, self._summed :].float()
+        if skip is None:
+            self._sum += fresh.sum(1)
+            real = torch.full((len(middle), 1), float(count), device=middle.device)
+        else:
+            places = torch.arange(self._summed, count, device=middle.device)
+            self._sum += torch.einsum("rn,rnd->rd", (places[None] >= skip[:, None]).float(), fresh)
+            real = (count - skip).clamp(min=1)[:, None].float()
+        self._summed = count
+        return self._sum / real
+
+
+def _put(store: Tensor, at: int, rows: Tensor) -> Tensor:
+    """``store`` [B, H, capacity, D] with ``rows`` [B, H, n, D] at ``at``, grown by half where it is too short."""
+    need = at + rows.shape[2]
+    if store.shape[2] < need:
+        grown = rows.new_empty(*rows.shape[:2], max(need, at + at // 2), rows.shape[3])
+        grown[:, :, :at] = store[:, :, :at]
+        store = grown
+    store[:, :, at:need] = rows
+    return store
