@@ -43,6 +43,7 @@ def generate(
     kv_gib: options.KvGib = None,
     kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
+    tp: options.Tp = 1,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -70,6 +71,7 @@ def generate(
         kv_gib=kv_gib,
         kv_cache_dtype=kv_cache_dtype,
         max_context=max_context,
+        tp=tp,
         threads=threads,
         trust_remote_code=trust_remote_code,
     ) as llm:

@@ -45,6 +45,15 @@ KvCacheDtype = Annotated[
 ]
 MaxContext = Annotated[int | None, _engine("Longest prompt plus output in tokens; by default the model's own.")]
 PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
+Tp = Annotated[
+    int,
+    _engine(
+        "Ranks that share every layer: one GPU each, or CPU processes (tensor parallelism).",
+        "--tp",
+        "--tensor-parallel-size",
+        metavar="N",
+    ),
+]
 Threads = Annotated[int | None, _engine("CPU threads; by default OMP_NUM_THREADS, else all cores.")]
 TrustRemoteCode = Annotated[bool, _engine(_CODE, "--trust-remote-code")]
 

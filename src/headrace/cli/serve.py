@@ -38,6 +38,7 @@ def serve(
     kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
     prefix_cache: options.PrefixCache = True,
+    tp: options.Tp = 1,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -61,6 +62,7 @@ def serve(
         kv_cache_dtype=kv_cache_dtype,
         max_context=max_context,
         prefix_cache=prefix_cache,
+        tp=tp,
         threads=threads,
         trust_remote_code=trust_remote_code,
     )
