@@ -14,6 +14,7 @@ from headrace.core.protocols import StepResult
 from headrace.models import families
 from headrace.models.attention import get_backend
 from headrace.models.hook import Step, install
+from headrace.models.parallel.layers import is_shared
 from headrace.models.pinned import Pinned
 from headrace.models.planes import add_planes
 from headrace.models.stack import Forward, forward_of
@@ -121,7 +122,7 @@ class ModelRunner:
 def _forward_of(module: Any, backend: AttentionBackend) -> Forward:
     """The native step around packed layers where attention can run inside of it, else the modules themselves."""
     packed = any(isinstance(child, Pinned) for child in module.modules())
-    if not packed or backend.name != "numba" or families.anatomy(module) is None:
+    if not packed or backend.name != "numba" or families.anatomy(module) is None or is_shared(module):
         return forward_of(module)
     from headrace.models.native_stack import NativeStack
 
