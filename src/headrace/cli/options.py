@@ -33,6 +33,10 @@ DType = Annotated[str, _engine("auto, float32, bfloat16 or float16.", metavar="N
 Device = Annotated[str, _engine("auto, cpu, cuda or cuda:N.", metavar="NAME")]
 Attention = Annotated[str, _engine("auto, reference, numba or triton.", metavar="NAME")]
 Linears = Annotated[str, _engine("auto, module (the checkpoint's own) or native (compiled kernels).", metavar="NAME")]
+Quantize = Annotated[
+    str | None,
+    _engine("Round the weights to int8 or nf4 while loading.", "--quantize", "--quantization", metavar="NAME"),
+]
 PolicyName = Annotated[
     str, _engine("Who runs in a step: chunked, prefill-first, priority, mlfq or vtc.", "--policy", metavar="NAME")
 ]

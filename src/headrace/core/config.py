@@ -9,7 +9,7 @@ from typing import Any
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
 
-ALIASES = {"tensor_parallel_size": "tp"}
+ALIASES = {"quantization": "quantize", "tensor_parallel_size": "tp"}
 """What users of vLLM call our options."""
 
 
@@ -26,6 +26,7 @@ class EngineConfig:
         linears: "auto", "module" (the checkpoint's own) or "native" (compiled skinny kernels).
         policy: a registered policy's name.
         limits: bounds of a step.
+        quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
         kv_gib: GiB for K and V; None takes a share of the free memory.
         kv_cache_dtype: "auto" (the model's dtype) or "int8", which holds nearly four times the tokens of float32.
         max_context: longest prompt plus output in tokens; None takes the model's own.
@@ -42,6 +43,7 @@ class EngineConfig:
     device: str = "auto"
     attention: str = "auto"
     linears: str = "auto"
+    quantize: str | None = None
     policy: str = "chunked"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None
