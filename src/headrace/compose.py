@@ -71,6 +71,7 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
     from headrace.engine.grammar import GrammarCompiler
     from headrace.engine.kv import KVSpace
     from headrace.engine.policies import get_policy
+    from headrace.engine.profiled import attach_profile
     from headrace.engine.sampling import TorchSampler
     from headrace.models.budget import kv_slots
     from headrace.models.linear import choose_linears
@@ -98,7 +99,7 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
         quality=None if before is None else _cost_of_quantising(before, runner, pool),
     )
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
-    return Engine(
+    engine = Engine(
         runner,
         KVSpace(pool, prefix_cache=config.prefix_cache),
         get_policy(config.policy),
@@ -107,6 +108,8 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
         limits=config.limits,
         grammars=GrammarCompiler(model.path, runner.vocab_size, card.stop_ids),
     )
+    attach_profile(engine, config)
+    return engine
 
 
 def _runner_options(config: EngineConfig) -> dict[str, Any]:

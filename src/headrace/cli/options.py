@@ -15,8 +15,8 @@ from headrace.core.errors import InvalidRequest
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-def _engine(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Engine")
+def _engine(text: str, *names: str, metavar: str | None = None, envvar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, envvar=envvar, rich_help_panel="Engine")
 
 
 def _server(text: str, *names: str, envvar: str | None = None) -> Any:
@@ -48,6 +48,15 @@ KvCacheDtype = Annotated[
     str, _engine("auto (the model's dtype) or int8, for nearly four times the tokens.", metavar="NAME")
 ]
 MaxContext = Annotated[int | None, _engine("Longest prompt plus output in tokens; by default the model's own.")]
+ProfileOption = Annotated[
+    str,
+    _engine(
+        "What steps cost: auto (as stored, else measured), measure, off, or the file to keep it in.",
+        "--profile",
+        metavar="HOW",
+        envvar="HEADRACE_PROFILE",
+    ),
+]
 PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
 Tp = Annotated[
     int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,6 +34,8 @@ class EngineConfig:
         prefix_cache: share the K and V of equal prefixes between requests.
         max_queue: waiting requests above which new ones are refused.
         trust_remote_code: run Python code that comes with a checkpoint.
+        profile: what steps cost: "auto" (as stored, else measured, which holds the start up for some seconds), "measure" (anew), "off",
+            or the file to keep it in. ``HEADRACE_PROFILE`` where it is set, else "auto".
         tp: ranks that share every layer of the model (tensor parallelism): one GPU each, or on the CPU one process each.
         threads: CPU threads for the model; None takes ``OMP_NUM_THREADS`` where it is set, else all cores available to the process.
     """
@@ -52,6 +55,7 @@ class EngineConfig:
     prefix_cache: bool = True
     max_queue: int = 256
     trust_remote_code: bool = False
+    profile: str = field(default_factory=lambda: os.environ.get("HEADRACE_PROFILE") or "auto")
     tp: int = 1
     threads: int | None = None
 
@@ -76,7 +80,7 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """A configuration from flat options: the fields of this class and those of its :class:`Limits`, and vLLM's names for some.
+        """A configuration from flat options: the fields of this class, those of its :class:`Limits`, and vLLM's names for some.
 
         Raises:
             InvalidRequest: an option does not exist or is out of range.

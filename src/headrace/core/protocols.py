@@ -27,6 +27,19 @@ class Profile(Protocol):
         """Predicted milliseconds of a step of ``shape``."""
 
 
+class StepObserver(Protocol):
+    """Is told what real steps took: how a profile learns."""
+
+    def observe(self, shape: StepShape, ms: float) -> None:
+        """A step of ``shape`` took ``ms`` milliseconds, from planning to committing."""
+
+    def report(self, stats: EngineStats) -> None:
+        """Write into ``stats`` how well steps were predicted."""
+
+    def close(self) -> None:
+        """The engine ends: keep what was learnt. Never raises."""
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a runner gives back.
