@@ -20,7 +20,7 @@ from headrace.models.fused import fuse
 from headrace.models.pinned import Pinned
 from headrace.native import build
 from headrace.native.memory import Arena
-from headrace.native.skinny import PackedMatrix, Storage, isa
+from headrace.native.skinny import QUANTISED, PackedMatrix, Storage, isa
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,8 @@ def choose_linears(model: Model, mode: str = "auto", quantize: str | None = None
     quantise.check_method(quantize)
     if quantize is not None:
         quantise.check_model(model.module, quantize)
+    if quantize is not None and quantize not in QUANTISED:
+        mode = "module"  # no kernel packs that
     chosen = _choose(model, mode)
     if quantize is not None:
         _quantise(model.module, chosen, quantize)

@@ -86,12 +86,19 @@ class Int8Linear(nn.Module):
 
 
 def round_packed(module: nn.Module, storage: Storage) -> int:
-    """Repack every :class:`PackedMatrix` under ``module`` as ``storage``, one at a time; returns how many."""
+    """Repack every :class:`PackedMatrix` under ``module`` as ``storage``, one at a time; returns how many.
+
+    Raises:
+        UnsupportedModel: weights that ``storage`` cannot hold.
+    """
     arena, done = Arena(), 0
     for child in module.modules():
         for name, value in vars(child).items():
             if isinstance(value, PackedMatrix):
-                setattr(child, name, value.stored_as(storage, arena))
+                try:
+                    setattr(child, name, value.stored_as(storage, arena))
+                except ValueError as error:
+                    raise UnsupportedModel(f"quantize is {storage!r}, but {error}", field="quantize") from error
                 done += 1
             del value
     return done
