@@ -259,8 +259,8 @@ class NativeStep:
 
 
 def usable(batch: Step) -> bool:
-    """Whether the native step can attend as ``batch`` wants: by the CPU kernel over planes that it reads in place."""
-    return isinstance(batch.backend, NumbaAttention)
+    """Whether the native step can attend as ``batch`` wants: by the CPU kernel, over planes that it can write to."""
+    return isinstance(batch.backend, NumbaAttention) and batch.keys[0].dtype in (torch.float32, torch.int8)
 
 
 def _describe(struct: step.Layer, layer: NativeLayer) -> None:

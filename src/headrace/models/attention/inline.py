@@ -145,9 +145,10 @@ class InlineAttention:
 
 def _storage(keys: Sequence[Tensor], values: Sequence[Tensor]) -> str:
     dtypes = {plane.dtype for plane in (*keys, *values)}
-    storage = cpu.STORAGE.get(*dtypes) if len(dtypes) == 1 else None
+    names = ", ".join(map(str, dtypes))
+    storage = cpu.STORAGE.get(dtypes.pop()) if len(dtypes) == 1 else None
     if storage is None or not all(plane.is_contiguous() for plane in (*keys, *values)):
-        raise ValueError(f"the kernel reads contiguous planes of one dtype, not {', '.join(map(str, dtypes))}")
+        raise ValueError(f"the kernel reads contiguous planes of one dtype, not {names}")
     if any(k.shape != v.shape for k, v in zip(keys, values, strict=True)) or len({k.shape for k in keys}) != 1:
         raise ValueError("the kernel's planes have one shape, K and V alike")
     return storage
