@@ -33,13 +33,13 @@ def test_two_ranks_can_share(family: str) -> None:
 
 
 def test_heads_that_do_not_divide_are_named_with_what_does() -> None:
-    with pytest.raises(InvalidRequest, match="tp is 3, but tiny has 4 attention heads: choose 1 or 2$") as caught:
+    with pytest.raises(InvalidRequest, match=r"tp is 3, but tiny has 4 attention heads: choose 1 or 2$") as caught:
         check("llama", 3)
     assert caught.value.field == "tp"
 
 
 def test_fewer_kv_heads_than_ranks_are_named() -> None:
-    with pytest.raises(InvalidRequest, match="2 K and V heads: choose 1 or 2$"):
+    with pytest.raises(InvalidRequest, match=r"2 K and V heads: choose 1 or 2$"):
         check("llama", 4)
 
 

@@ -114,7 +114,7 @@ async def answer(service: object) -> list[int]:
 
 
 def test_what_cannot_be_shared_starts_and_leaves_nothing(folder: Path) -> None:
-    with pytest.raises(InvalidRequest, match="tp is 3, but .* has 4 attention heads: choose 1 or 2"):
+    with pytest.raises(InvalidRequest, match=r"tp is 3, but .* has 4 attention heads: choose 1 or 2"):
         LLM(str(folder), tp=3, **SMALL)
     assert not others()
     assert not torch.distributed.is_initialized()
