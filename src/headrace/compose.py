@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidRequest
@@ -14,13 +16,21 @@ from headrace.core.request import Request, SamplingParams
 from headrace.engine.service import ProcessService
 
 if TYPE_CHECKING:
-    from headrace.core.protocols import ModelCard
+    from headrace.core.protocols import ModelCard, Quality, Runner
     from headrace.engine.engine import Engine
     from headrace.models.loaded import LoadedModel
+    from headrace.models.parallel.ranks import Lost, Ranks
+    from headrace.models.quality import Reading
+    from headrace.models.slots import SlotPool
+
+log = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
-    """Load the model and build an engine in this process, warmed up.
+def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: Lost | None = None) -> Engine:
+    """Load the model and build an engine in this process, warmed up; with ``tp`` above 1 the rest of it in processes of its own.
+
+    Args:
+        on_rank_lost: called in a thread of its own when one of those processes ends unasked; else the next step raises.
 
     Raises:
         HeadraceError: an option is wrong, the checkpoint is missing, broken or unsupported, or memory is too small.
@@ -29,39 +39,67 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
 
     from headrace.engine.policies import get_policy
     from headrace.models.load import load
+    from headrace.models.planes import is_int8
+    from headrace.models.quantise import check_method
 
     get_policy(config.policy)  # a wrong name shall not cost a load
-    torch.set_num_threads(config.threads or default_threads())
-    model = load(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-        max_context=config.max_context,
-    )
-    return engine_around(model, config)
+    check_method(config.quantize)
+    is_int8(config.kv_cache_dtype)
+    threads = config.threads or default_threads()
+    options: dict[str, Any] = {
+        "name": config.model,
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "max_context": config.max_context,
+    }
+    if config.tp > 1:
+        from headrace.models.parallel.start import load_share, start_ranks
+
+        ranks = start_ranks(config, options, _runner_options(config), threads, on_rank_lost)
+        with ranks.starting():
+            return engine_around(load_share(ranks, config, options, progress=progress), config, ranks)
+    torch.set_num_threads(threads)
+    return engine_around(load(**options, device=config.device, progress=progress), config)
 
 
-def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
-    """An engine over a model that is in memory already, warmed up; raises as :func:`build_engine`."""
+def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None = None) -> Engine:
+    """An engine over a model that is in memory already (rank 0's share where there are others), warmed up.
+
+    Raises as :func:`build_engine`.
+    """
     from headrace.engine.engine import Engine
     from headrace.engine.grammar import GrammarCompiler
     from headrace.engine.kv import KVSpace
     from headrace.engine.policies import get_policy
+    from headrace.engine.profiled import attach_profile
     from headrace.engine.sampling import TorchSampler
     from headrace.models.budget import kv_slots
     from headrace.models.linear import choose_linears
     from headrace.models.runner import ModelRunner
     from headrace.models.slots import SlotPool
 
-    choose_linears(model, config.linears)
+    before = None if ranks else _before_quantising(model, config)
+    choose_linears(model, config.linears, config.quantize)
     context = longest_context(config, model.card)
-    pool = SlotPool(kv_slots(model, config.kv_gib, context, config.kv_cache_dtype))
-    runner = ModelRunner(model, pool, attention=config.attention, kv_cache_dtype=config.kv_cache_dtype)
-    card = replace(model.card, name=config.served_name or model.card.name, context=min(context, pool.size))
+    if ranks is None:
+        pool = SlotPool(kv_slots(model, config.kv_gib, context, config.kv_cache_dtype))
+        runner: Runner = ModelRunner(model, pool, **_runner_options(config))
+    else:
+        from headrace.models.parallel.room import shared_slots
+        from headrace.models.parallel.runner import ParallelRunner
+
+        pool = SlotPool(shared_slots(model, ranks.group, config.kv_gib, config.max_context, config.kv_cache_dtype))
+        runner = ParallelRunner(ModelRunner(model, pool, **_runner_options(config)), ranks)
+    card = replace(
+        model.card,
+        name=config.served_name or model.card.name,
+        context=min(context, pool.size),
+        quantization=config.quantize or model.card.quantization,
+        kv_cache_dtype=model.card.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        quality=None if before is None else _cost_of_quantising(before, runner, pool),
+    )
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
-    return Engine(
+    engine = Engine(
         runner,
         KVSpace(pool, prefix_cache=config.prefix_cache),
         get_policy(config.policy),
@@ -70,6 +108,32 @@ def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
         limits=config.limits,
         grammars=GrammarCompiler(model.path, runner.vocab_size, card.stop_ids),
     )
+    attach_profile(engine, config)
+    return engine
+
+
+def _runner_options(config: EngineConfig) -> dict[str, Any]:
+    """What every rank's runner is built with."""
+    return {"attention": config.attention, "kv_cache_dtype": config.kv_cache_dtype}
+
+
+def _before_quantising(model: LoadedModel, config: EngineConfig) -> Reading | None:
+    """How the model reads the built-in text now, if it is to be quantised: what it is compared with afterwards."""
+    from headrace.models import quality
+
+    if config.quantize is None and config.kv_cache_dtype == "auto":
+        return None
+    limit = longest_context(config, model.card)
+    ids = quality.sample(model.path, limit=limit, trust_remote_code=config.trust_remote_code)
+    return quality.read_model(model, ids, attention=config.attention) if len(ids) > 1 else None
+
+
+def _cost_of_quantising(before: Reading, runner: Runner, pool: SlotPool) -> Quality:
+    from headrace.models import quality
+
+    found = quality.compare(before, quality.read(runner, pool, before.ids))
+    log.info("quantised: %s", found)
+    return found
 
 
 def build_service(config: EngineConfig) -> ProcessService:
@@ -81,7 +145,13 @@ def run_engine_process(connection: Connection, config: EngineConfig) -> None:
     """Entry point of the engine's process."""
     from headrace.engine.worker import run_worker
 
-    run_worker(connection, partial(build_engine, config))
+    run_worker(connection, partial(build_engine, config, on_rank_lost=_end_process))
+
+
+def _end_process(loss: str) -> None:
+    """End the engine's process, whatever its main thread is waiting for: the service starts another."""
+    print(f"headrace: {loss}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def default_threads() -> int:

@@ -40,9 +40,11 @@ def generate(
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     linears: options.Linears = "auto",
+    quantize: options.Quantize = None,
     kv_gib: options.KvGib = None,
     kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
+    tp: options.Tp = 1,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -67,9 +69,11 @@ def generate(
         device=device,
         attention=attention,
         linears=linears,
+        quantize=quantize,
         kv_gib=kv_gib,
         kv_cache_dtype=kv_cache_dtype,
         max_context=max_context,
+        tp=tp,
         threads=threads,
         trust_remote_code=trust_remote_code,
     ) as llm:

@@ -30,6 +30,7 @@ def serve(
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     linears: options.Linears = "auto",
+    quantize: options.Quantize = None,
     policy: options.PolicyName = "chunked",
     max_sequences: options.MaxSequences = 64,
     max_step_tokens: options.MaxStepTokens = 512,
@@ -38,6 +39,8 @@ def serve(
     kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
     prefix_cache: options.PrefixCache = True,
+    profile: options.ProfileOption = "auto",
+    tp: options.Tp = 1,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -53,6 +56,7 @@ def serve(
         device=device,
         attention=attention,
         linears=linears,
+        quantize=quantize,
         policy=policy,
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
@@ -61,6 +65,8 @@ def serve(
         kv_cache_dtype=kv_cache_dtype,
         max_context=max_context,
         prefix_cache=prefix_cache,
+        profile=profile,
+        tp=tp,
         threads=threads,
         trust_remote_code=trust_remote_code,
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from headrace.core.request import SLO
+
+if TYPE_CHECKING:
+    from headrace.core.protocols import Profile
 
 
 class SequenceView(Protocol):
@@ -77,7 +80,8 @@ class View:
     """The engine's state before a step.
 
     ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival, id).
-    ``free_slots`` counts slots that are free or held only by evictable cached prefixes.
+    ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``profile`` tells what a step of any
+    shape would cost now, None where nobody measured: a policy must do without.
     """
 
     now: float
@@ -86,6 +90,7 @@ class View:
     free_slots: int
     total_slots: int
     limits: Limits
+    profile: Profile | None = None
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import EngineStats, FinishReason, SequenceDelta
 from headrace.core.policy import Limits, Policy, StepPlan, View
-from headrace.core.protocols import Clock, ModelCard, Runner, StepResult
+from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver, StepResult
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
 from headrace.engine.kv import KVSpace
@@ -30,7 +30,7 @@ from headrace.engine.sequence import Sequence
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from headrace.core.batch import Ints
+    from headrace.core.batch import Ints, StepShape
     from headrace.core.request import Structure
     from headrace.engine.grammar import CompiledGrammar, GrammarState
 
@@ -66,6 +66,8 @@ class Engine:
         limits: bounds of a step.
         clock: source of time; the wall clock by default.
         grammars: compiler for structured output; None refuses such requests.
+        profile: what steps cost, for the policy to ask.
+        observer: is told what every step took.
     """
 
     def __init__(
@@ -79,9 +81,12 @@ class Engine:
         limits: Limits | None = None,
         clock: Clock | None = None,
         grammars: Grammars | None = None,
+        profile: Profile | None = None,
+        observer: StepObserver | None = None,
     ) -> None:
         self.runner, self.space, self.policy, self.sampler = runner, space, policy, sampler
         self.card, self.grammars = card, grammars
+        self.profile, self.observer = profile, observer
         self.limits = limits or Limits()
         self.clock: Clock = clock or WallClock()
         self._budget = StepBudget(self.limits)
@@ -135,9 +140,10 @@ class Engine:
         plan = self.policy.plan(self._view())
         segments, scheduled = self._assemble(plan)
         if segments:
-            self._run(segments, scheduled)
-            self._stats.steps += 1
-            self._stats.step_ms = (time.perf_counter() - started) * 1e3
+            shape = self._run(segments, scheduled)
+            self._stats.count_step(time.perf_counter() - started)
+            if self.observer is not None and shape is not None:
+                self.observer.observe(shape, self._stats.step_ms)
         elif victim := next((v for v in plan.victims if v in self._running), None):
             # Everyone holds slots and nobody gets another: the least urgent gives way, or, alone, swaps its copy of a prefix
             # for the one that another published.
@@ -151,12 +157,18 @@ class Engine:
         stats.running = sum(s.width for s in self._running.values())
         stats.waiting = len(self._waiting)
         stats.slots_free, stats.slots_cached = self.space.pool.free, self.space.cached
+        if self.observer is not None:
+            self.observer.report(stats)
         return stats
 
     def close(self) -> None:
-        """Abort everything that is open."""
+        """Abort everything that is open, and let go of what the runner holds beyond this process."""
         for request_id in list(self._requests):
             self.cancel(request_id)
+        if isinstance(self.runner, Closeable):
+            self.runner.close()
+        if self.observer is not None:
+            self.observer.close()
 
     def _abort(self, sequence: Sequence) -> None:
         self._finish(sequence, SequenceDelta(sequence.request.id, sequence.index, reason="abort"))
@@ -186,6 +198,7 @@ class Engine:
             free_slots=self.space.available,
             total_slots=self.space.pool.size,
             limits=self._budget.limits,
+            profile=self.profile,
         )
 
     def _admit(self) -> None:
@@ -247,20 +260,19 @@ class Engine:
 
     # ---- running and committing ------------------------------------------------------------------------------
 
-    def _run(self, segments: list[Segment], scheduled: list[Sequence]) -> None:
+    def _run(self, segments: list[Segment], scheduled: list[Sequence]) -> StepShape | None:
+        """Run and commit a step; its shape, or None when it did not fit."""
         batch = self._packer.pack(segments)
         try:
             result = self.runner.run(batch)
         except OutOfMemory as error:
             self._survive(error, segments, scheduled)
-            return
+            return None
         except BaseException:  # an interrupt from the keyboard too: whoever catches it finds every slot accounted for
             self._undo(segments)
             raise
         self._budget.succeeded()
-        self._stats.forward_ms = result.forward_s * 1e3
-        self._stats.prefill_tokens += batch.shape.prefill_tokens
-        self._stats.decode_tokens += batch.shape.decode_tokens
+        self._stats.count_forward(result.forward_s, batch.shape)
         heads: list[Sequence] = []
         draws: list[Draw] = []
         row = 0
@@ -275,6 +287,7 @@ class Engine:
         now = self.clock.now()
         for sequence, outcome in zip(heads, sampled, strict=True):
             self.commit(sequence, [outcome], now)
+        return batch.shape
 
     def _survive(self, error: OutOfMemory, segments: list[Segment], scheduled: list[Sequence]) -> None:
         """Undo a step that did not fit and shrink the next ones; a lone sequence at the floor is given up."""

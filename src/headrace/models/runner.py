@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,16 @@ from torch import Tensor
 from headrace.core.batch import Batch, Ints
 from headrace.core.errors import OutOfMemory, UnsupportedModel
 from headrace.core.protocols import StepResult
+from headrace.models import families
 from headrace.models.attention import get_backend
 from headrace.models.hook import Step, install
+from headrace.models.parallel.layers import is_shared
+from headrace.models.pinned import Pinned
 from headrace.models.planes import add_planes
-from headrace.models.stack import forward_of
+from headrace.models.stack import Forward, forward_of
 
 if TYPE_CHECKING:
+    from headrace.models.attention.interface import AttentionBackend
     from headrace.models.loaded import LoadedModel
     from headrace.models.slots import SlotPool
 
@@ -44,9 +48,9 @@ class ModelRunner:
         self._device = torch.device(model.device)
         self._backend = get_backend(attention, self._device)
         self._planes = add_planes(pool, model.config, model.dtype, self._device, kv_cache_dtype)
-        self._forward = forward_of(model.module)
-        self._vocab_size = model.card.vocab_size
         install(model.module)
+        self._forward = _forward_of(model.module, self._backend)
+        self._vocab_size = model.card.vocab_size
 
     @property
     def vocab_size(self) -> int:
@@ -113,6 +117,16 @@ class ModelRunner:
         """``array`` on the model's device; on the CPU a view."""
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+
+def _forward_of(module: Any, backend: AttentionBackend) -> Forward:
+    """The native step around packed layers where attention can run inside of it, else the modules themselves."""
+    packed = any(isinstance(child, Pinned) for child in module.modules())
+    if not packed or backend.name != "numba" or families.anatomy(module) is None or is_shared(module):
+        return forward_of(module)
+    from headrace.models.native_stack import NativeStack
+
+    return NativeStack(module)
 
 
 def _out_of_memory(error: Exception) -> bool:

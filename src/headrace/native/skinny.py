@@ -54,6 +54,9 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
         ("pack", None, (pointer, pointer, threads)),
         ("unpack", None, (pointer, pointer, threads)),
         ("matmul", None, (pointer, pointer, number, number, pointer, threads)),
+        ("quantise", None, (pointer, number, number, number, pointer, pointer)),
+        ("has_tiles", threads, ()),
+        ("int8_matmul", None, (pointer, pointer, pointer, number, pointer, threads)),
     ):
         function = getattr(library, f"headrace_{name}")
         function.restype, function.argtypes = result, list(arguments)
@@ -63,6 +66,29 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
 def isa() -> str:
     """The instruction set the kernels were compiled for: "avx512", "avx2" or "generic"."""
     return str(_library().headrace_isa().decode())
+
+
+def has_tiles() -> bool:
+    """Whether products of int8 matrices with several rows go through the processor's matrix tiles (AMX)."""
+    return bool(_library().headrace_has_tiles())
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as bytes with one scale each, as int8 products take them.
+
+    Args:
+        x: float32[M, K] on the CPU with contiguous columns.
+
+    Returns:
+        uint8[M, K rounded up to 64] holding ``round(x / scale) + 128``, 128 beyond K, and the scales, float32[M]:
+        a row's largest magnitude / 127, or NaN for a row that is not finite.
+    """
+    library = _library()
+    rows, depth = x.shape
+    levels = torch.empty(rows, library.headrace_byte_stride(depth), dtype=torch.uint8)
+    scales = torch.empty(rows)
+    library.headrace_quantise(x.data_ptr(), x.stride(0), rows, depth, levels.data_ptr(), scales.data_ptr())
+    return levels, scales
 
 
 class PackedMatrix:
@@ -122,6 +148,11 @@ class PackedMatrix:
         return self._address
 
     @property
+    def scales(self) -> Tensor:
+        """float32[N], what the levels of an int8 column are multiplied by; empty for other storages."""
+        return self._scales[: self.columns]
+
+    @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         return sum(part.nbytes for part in (self._panels, self._bias, self._scales, self._compensation))
@@ -131,6 +162,10 @@ class PackedMatrix:
         weight = torch.empty(self.columns, self.depth)
         self._library.headrace_unpack(self._address, weight.data_ptr(), torch.get_num_threads())
         return weight
+
+    def stored_as(self, storage: Storage, arena: Arena | None = None) -> PackedMatrix:
+        """The same weights and bias packed anew; raises as the constructor."""
+        return PackedMatrix(self.unpack(), self._bias[: self.columns], storage, arena)
 
     def matmul(self, x: Tensor) -> Tensor:
         """``x @ W.T + bias``.

@@ -97,6 +97,29 @@ def grid(*, max_sequences: int, max_step_tokens: int, context: int, slots: int) 
     return _usable(steps, max_step_tokens, context, slots)
 
 
+def spread_out(steps: Sequence[EvenStep]) -> list[EvenStep]:
+    """``steps`` so that every beginning of the list covers the sizes well: always the one farthest from those before it.
+
+    The distance is that of the logarithms of rows, decoding rows, context and attended pairs; the smallest step comes first.
+    """
+    if not steps:
+        return []
+    shapes = [s.shape for s in steps]
+    table = np.log2(
+        1.0
+        + np.array(
+            [(s.prefill_tokens + s.decode_tokens, s.decode_tokens, s.context, s.attended) for s in shapes], float
+        )
+    )
+    order = [int(table.sum(axis=1).argmin())]
+    nearest = np.full(len(steps), np.inf)
+    while len(order) < len(steps):
+        nearest = np.minimum(nearest, np.abs(table - table[order[-1]]).sum(axis=1))
+        nearest[order] = -1.0
+        order.append(int(nearest.argmax()))
+    return [steps[i] for i in order]
+
+
 def held_out(
     *, max_sequences: int, max_step_tokens: int, context: int, slots: int, count: int = 24, seed: int = 1
 ) -> list[EvenStep]:

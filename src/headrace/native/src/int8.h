@@ -9,10 +9,8 @@
 namespace headrace {
 
 struct Int8Product {
-  static constexpr isize STEP = PANEL * 4;      // bytes of a step of a panel
-  static constexpr isize NEAR_BYTES = 2048;     // how far ahead weights are called into L1,
-  static constexpr isize FAR_BYTES = 16384;     // and into L2
-  static constexpr isize ROW_BLOCK = 256;       // rows whose bytes stay in L2 while all panels pass over them
+  static constexpr isize STEP = PANEL * 4;  // bytes of a step of a panel
+  static constexpr isize ROW_BLOCK = 256;   // rows whose bytes stay in L2 while all panels pass over them
 
   const std::int8_t* panels;
   const float *bias, *scales;

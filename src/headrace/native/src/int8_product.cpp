@@ -20,6 +20,8 @@ namespace {
 
 constexpr isize STEP = Int8Product::STEP;
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 4;  // accumulators, a step of weights and a broadcast fill the registers
+constexpr isize NEAR_BYTES = 2048;               // how far ahead weights are called into L1,
+constexpr isize FAR_BYTES = 16384;               // and into L2
 constexpr int CHAINS = 8;                        // independent sums that hide an instruction's latency
 constexpr int panels_at_once(int rows) { return std::max(1, CHAINS / (rows * TILE_VECS)); }
 
@@ -39,8 +41,8 @@ void tile(const Int8Product& product, isize panel, isize m) {
       const std::int8_t* step = w + g * panel_bytes + k / 4 * STEP;
       for (int v = 0; v < TILE_VECS; ++v) weights[g * TILE_VECS + v] = int_load(step + v * LANES * 4);
       for (isize line = 0; line < STEP; line += 64) {
-        prefetch<3>(step + Int8Product::NEAR_BYTES + line);
-        prefetch<2>(step + Int8Product::FAR_BYTES + line);
+        prefetch<3>(step + NEAR_BYTES + line);
+        prefetch<2>(step + FAR_BYTES + line);
       }
     }
     for (int r = 0; r < ROWS; ++r) {
@@ -92,7 +94,7 @@ Int8Product product_of(const Matrix& matrix, const std::uint8_t* bytes, const fl
 }
 
 // From how many rows on tiles are the faster ones, by measurement.
-constexpr isize ROWS_FOR_TILES = 8;
+constexpr isize ROWS_FOR_TILES = 4;
 
 }  // namespace
 
@@ -172,11 +174,11 @@ extern "C" {
 
 int headrace_has_tiles(void) { return has_tiles(); }
 
-// As headrace_matmul by one thread over rows already quantised, by tiles (only where there are) or by dot products: for comparing them.
+// As headrace_matmul by one thread over rows already quantised, by tiles (where there are) or by dot products: for comparing them.
 void headrace_int8_matmul(const Matrix* matrix, const std::uint8_t* bytes, const float* row_scales, std::int64_t rows, float* y,
                           int tiles) {
   const Int8Product product = product_of(*matrix, bytes, row_scales, y, matrix->columns);
-  (tiles ? int8_by_tiles : by_dots)(product, rows, 0, panel_count(matrix->columns));
+  (tiles && has_tiles() ? int8_by_tiles : by_dots)(product, rows, 0, panel_count(matrix->columns));
 }
 
 }  // extern "C"
