@@ -11,7 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 from headrace.core.errors import InvalidRequest
 from headrace.sparse import PQCache, enable
+from headrace.sparse.index import PQIndex
 from headrace.sparse.layer import PQLayer
+from headrace.sparse.search import CellIndex, ScanIndex
 
 PROMPT, NEW = 150, 12
 
@@ -48,12 +50,13 @@ def test_a_full_budget_gives_dense_logits(kv_heads: int, initial: int, local: fl
     assert (found - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("codes", ["2x3", "4x4"], ids=["cells", "scan"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_retrieval_of_everything_gives_dense_logits(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retrieval_of_everything_gives_dense_logits(residual: bool, codes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unlike a full budget, this goes through the index, with a local window that hands tokens over."""
     model, ids = _model(), _ids(2)
     _, expected = _logits(model, ids, DynamicCache(config=model.config))
-    cache = PQCache(enable(model).config, budget=0.2, initial=4, codes="2x3", residual=residual)
+    cache = PQCache(enable(model).config, budget=0.2, initial=4, codes=codes, residual=residual)
     _everything(monkeypatch)
     _, found = _logits(model, ids, cache)
     assert all(layer.index is not None for layer in cache.layers)
@@ -62,10 +65,13 @@ def test_a_retrieval_of_everything_gives_dense_logits(residual: bool, monkeypatc
 
 def _everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """All middle tokens are retrieved, though the layer still thinks that they are too many to read."""
-    import headrace.sparse.layer as module
 
-    every = module.best
-    monkeypatch.setattr(module, "best", lambda weights, k: every(weights, weights.shape[1]))
+    def all_of(kind: type[PQIndex]) -> Any:
+        every = kind.select
+        return lambda self, queries, k, scale: every(self, queries, self.length, scale)
+
+    for kind in (PQIndex, CellIndex, ScanIndex):
+        monkeypatch.setattr(kind, "select", all_of(kind))
 
 
 def test_left_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

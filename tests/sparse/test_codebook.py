@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_a_code_is_the_nearest_centroid() -> None:
 def test_more_iterations_never_cluster_worse() -> None:
     keys = _keys(2, 400, 16)
     losses = [_inertia(keys, fit(keys, Codes(2, 4), iterations=count)) for count in range(8)]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
 
 

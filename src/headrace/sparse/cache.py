@@ -39,7 +39,7 @@ class _Layer(PQLayer):
         return keys, values
 
 
-class PQCache(Cache):  # type: ignore[misc]
+class PQCache(Cache):
     """K and V of all tokens, and per layer an index of which a decode step reads the best share.
 
     Args:

@@ -15,6 +15,11 @@ class PQIndex:
         codes: sub-spaces and bits.
         iterations: of Lloyd when the codebook is fitted.
         seed: of the draw that fitting starts from.
+
+    Attributes:
+        length: keys indexed.
+        codebook: None before the first :meth:`build`.
+        skip: int64[R], keys at the start of each row that are padding; None where there are none.
     """
 
     def __init__(self, codes: Codes, *, iterations: int = 8, seed: int = 0) -> None:
@@ -22,7 +27,7 @@ class PQIndex:
         self.length = 0
         self.codebook: Codebook | None = None
         self._store: Tensor | None = None
-        self._skip: Tensor | None = None
+        self.skip: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +51,7 @@ class PQIndex:
             skip: int64[R], keys at the start of each row that are padding: neither clustered nor ever selected.
         """
         self.codebook = fit(keys, self.codes, iterations=self.iterations, skip=skip, seed=self.seed)
-        self._skip = skip if skip is not None and bool((skip > 0).any()) else None
+        self.skip = skip if skip is not None and bool((skip > 0).any()) else None
         self._store, self.length = None, 0
         self.append(keys)
 
@@ -76,7 +81,7 @@ class PQIndex:
             return
         self.codebook = Codebook(self.codebook.centroids.index_select(0, rows))
         self._store = self._store.index_select(0, rows)
-        self._skip = None if self._skip is None else self._skip.index_select(0, rows)
+        self.skip = None if self.skip is None else self.skip.index_select(0, rows)
 
     def scores(self, queries: Tensor, scale: float) -> Tensor:
         """Approximate scaled products of ``queries`` [R, G, D] with every key: float32[R, G, n]; -inf for padding."""
@@ -88,8 +93,8 @@ class PQIndex:
         total = torch.zeros(rows, queries.shape[1], count, device=queries.device)
         for run in range(subspaces):
             total += products[:, :, run].gather(2, codes[:, run, None].expand(-1, queries.shape[1], -1))
-        if self._skip is not None:
-            padding = torch.arange(count, device=total.device)[None] < self._skip[:, None]
+        if self.skip is not None:
+            padding = torch.arange(count, device=total.device)[None] < self.skip[:, None]
             total.masked_fill_(padding[:, None], -torch.inf)
         return total
 

@@ -12,8 +12,10 @@ from transformers.cache_utils import CacheLayerMixin
 from headrace.core.errors import InvalidRequest
 from headrace.sparse.attend import add_rest, attend_rows
 from headrace.sparse.codebook import Codes
-from headrace.sparse.index import PQIndex, attended, best
+from headrace.sparse.gather import Gathered
+from headrace.sparse.index import PQIndex
 from headrace.sparse.regions import Regions, Window
+from headrace.sparse.search import compiled_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class PQSettings:
         residual: mend the output with the estimated weight of what was not read.
         crossover: contexts shorter than this are attended to whole.
         seed: of the draw that a fit starts from.
+        compiled: search and attend by compiled kernels where there are some; else by the torch reference.
     """
 
     regions: Regions = field(default_factory=Regions)
@@ -38,6 +41,7 @@ class PQSettings:
     residual: bool = False
     crossover: int = 0
     seed: int = 0
+    compiled: bool = True
 
     def __post_init__(self) -> None:
         if self.refresh is not None and self.refresh <= 0:
@@ -56,6 +60,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = True
     is_sliding = False
+    keys: Any  # transformers' base class declares them None or a tensor
+    values: Any
 
     def __init__(self, settings: PQSettings | None = None) -> None:
         super().__init__()
@@ -71,6 +77,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self._fitted = 0
         self._sum: Tensor | None = None  # of the first `_summed` values of the middle, float32[R, D]
         self._summed = 0
+        self._gathered = Gathered() if self.settings.compiled else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -178,36 +185,39 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.index is None:
             self.prompt = self.length - 1
         if self.index is None or stale:
-            self.index = PQIndex(settings.codes, iterations=settings.iterations, seed=settings.seed)
+            kind = compiled_kind(settings.codes, self.device) if settings.compiled else PQIndex
+            self.index = kind(settings.codes, iterations=settings.iterations, seed=settings.seed)
             # A row that is padding almost throughout still needs a key to fit on; selection leaves it out all the same.
             self.index.build(keys[:, first:last], None if skip is None else skip.clamp(max=count - 1))
             self._fitted = count
         elif count > self.index.length:
             self.index.append(keys[:, first + self.index.length : last])
 
-    def _retrieve(
-        self, queries: Tensor, keys: Tensor, values: Tensor, window: Window, skip: Tensor | None, scale: float
-    ) -> Tensor:
+    def _retrieve(self, queries: Tensor, keys: Tensor, values: Tensor, window: Window, skip: Tensor | None, scale: float) -> Tensor:
         assert self.index is not None
         first, last = window.middle(self.length)
-        scores = self.index.scores(queries, scale)
-        found = best(attended(scores), window.retrieved) + first
-        fixed = torch.cat(
-            [torch.arange(first, device=found.device), torch.arange(last, self.length, device=found.device)]
-        )
-        index = torch.cat([fixed.expand(len(found), -1), found], 1)
-        valid = None
-        if skip is not None:
-            # Each sequence's initial tokens begin behind its padding; what lies beyond the middle is attended to anyway.
-            index[:, :first] += skip[:, None]
-            valid = index >= skip[:, None]
-            valid[:, :first] &= index[:, :first] < last
-            valid[:, first + self.length - last :] &= found >= (skip + first)[:, None]
-        output, total = attend_rows(queries, keys, values, index, valid, scale)
-        if not self.settings.residual:
-            return output
-        left = scores.scatter(2, (found - first)[:, None].expand(-1, scores.shape[1], -1), -torch.inf)
-        return add_rest(output, total, left.logsumexp(-1), self._mean_value(values[:, first:last], skip))
+        found = self.index.select(queries, window.retrieved, scale)
+        index, valid = self._rows(found + first, first, last, skip)
+        if self.settings.residual:
+            output, total = attend_rows(queries, keys, values, index, valid, scale)
+            scores = self.index.scores(queries, scale)
+            left = scores.scatter(2, found[:, None].expand(-1, scores.shape[1], -1), -torch.inf)
+            return add_rest(output, total, left.logsumexp(-1), self._mean_value(values[:, first:last], skip))
+        if self._gathered is not None and Gathered.takes(self.keys):
+            return self._gathered.attend(queries, self.keys, self.values, index, valid, scale)
+        return attend_rows(queries, keys, values, index, valid, scale)[0]
+
+    def _rows(self, found: Tensor, first: int, last: int, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The rows to attend to, [R, k], the newest token last, and which of them count: initial, retrieved, local."""
+        initial = torch.arange(first, device=found.device).expand(len(found), -1)
+        local = torch.arange(last, self.length, device=found.device).expand(len(found), -1)
+        if skip is None:
+            return torch.cat([initial, found, local], 1), None
+        # Each sequence's initial tokens begin behind its padding; what lies beyond the middle is attended to anyway.
+        behind = skip[:, None]
+        initial = initial + behind
+        valid = torch.cat([initial < last, found >= behind + first, local >= behind], 1)
+        return torch.cat([initial, found, local], 1), valid
 
     def _mean_value(self, middle: Tensor, skip: Tensor | None) -> Tensor:
         """Mean of the middle's values [R, n, D] without padding, from a running sum: float32[R, D]."""
