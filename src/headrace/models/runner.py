@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from headrace.models.attention import get_backend
 from headrace.models.hook import Step, install
 from headrace.models.parallel.layers import is_shared
 from headrace.models.pinned import Pinned
-from headrace.models.planes import add_planes
+from headrace.models.planes import Planes, add_planes
 from headrace.models.stack import Forward, forward_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ModelRunner:
         self._planes = add_planes(pool, model.config, model.dtype, self._device, kv_cache_dtype)
         install(model.module)
         self._forward = _forward_of(model.module, self._backend)
+        self._native = _native_of(self._forward, self._backend, self._planes)
         self._vocab_size = model.card.vocab_size
 
     @property
@@ -67,7 +69,6 @@ class ModelRunner:
         """How K and V are kept: "int8", or the model's dtype."""
         return str(self._planes.keys[0].dtype).removeprefix("torch.")
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Run one step.
 
@@ -79,7 +80,7 @@ class ModelRunner:
         """
         started = time.perf_counter()
         try:
-            logits = self._logits(batch)
+            logits = self._by_modules(batch) if self._native is None else self._native(batch, self._planes)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except (RuntimeError, MemoryError) as error:
@@ -93,7 +94,8 @@ class ModelRunner:
             ) from error
         return StepResult(logits, forward_s=time.perf_counter() - started)
 
-    def _logits(self, batch: Batch) -> Tensor:
+    @torch.inference_mode()
+    def _by_modules(self, batch: Batch) -> Tensor:
         step = Step(
             backend=self._backend,
             attention=self._backend.prepare(batch, self._device),
@@ -127,6 +129,12 @@ def _forward_of(module: Any, backend: AttentionBackend) -> Forward:
     from headrace.models.native_stack import NativeStack
 
     return NativeStack(module)
+
+
+def _native_of(forward: Any, backend: AttentionBackend, planes: Planes) -> Callable[[Batch, Planes], Tensor] | None:
+    """What runs a batch without any module in the way, where the whole model is native."""
+    whole = getattr(forward, "whole", None)
+    return forward.run if whole is not None and whole(backend, planes) else None
 
 
 def _out_of_memory(error: Exception) -> bool:
