@@ -70,6 +70,8 @@ class Engine:
         observer: is told what every step took.
     """
 
+    sequence_type: type[Sequence] = Sequence
+
     def __init__(
         self,
         runner: Runner,
@@ -114,7 +116,7 @@ class Engine:
         request = complete_request(request, self.card, self.limits, now=self.clock.now())
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
-        sequence = Sequence.of(request, self.card, self._take_id())
+        sequence = self.sequence_type.of(request, self.card, self._take_id())
         structure = request.params.structure
         if structure is None:
             self._waiting.push(sequence)
