@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headrace.cli import serve_bench
 from headrace.cli.make_model import make_model
 from headrace.cli.simulate import simulate
 
@@ -17,6 +18,8 @@ bench = typer.Typer(
 
 bench.command()(simulate)
 bench.command("make-model")(make_model)
+bench.command()(serve_bench.serve)
+bench.command()(serve_bench.soak)
 
 JsonPath = Annotated[
     Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
@@ -81,7 +84,7 @@ def quality(
 @bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench import engine, make_model, quality, simulate
+    from headrace.bench import engine, make_model, quality, serve, simulate, soak
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
@@ -92,6 +95,8 @@ def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
             "simulate": simulate.claims,
             "make-model": make_model.claims,
             "quality": quality.claims,
+            "serve": serve.claims,
+            "soak": soak.claims,
         },
     )
     if different:
