@@ -58,7 +58,9 @@ class Soak:
 
 
 def run(setting: Setting, soak: Soak, *, report: Callable[[str], None] = lambda line: None) -> Result:
-    """Soak the server; rows are ``saturation``, ``lone``, ``sample`` (every two seconds) and ``round`` (latencies, and what is held at rest).
+    """Soak the server.
+
+    Rows: ``saturation`` and ``lone``, ``sample`` (every two seconds), ``round`` (latencies, and what is held at rest).
 
     An interrupted soak returns what it has, marked ``partial``.
     """
