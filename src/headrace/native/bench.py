@@ -15,6 +15,7 @@ The contestants take turns, so that a change in the machine's load meets them al
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 import warnings
@@ -23,7 +24,7 @@ from collections.abc import Callable
 import torch
 
 from headrace.native import build
-from headrace.native.skinny import PackedMatrix, Storage, has_tiles, isa
+from headrace.native.skinny import PackedMatrix, has_tiles, isa
 
 SHAPES = ["2048x768", "768x2048", "768x768", "32000x768", "4096x4096"]
 ROWS = [1, 4, 8, 16, 32, 64, 128, 1024]
@@ -32,51 +33,52 @@ BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.53125}
 """Per weight of the packed product."""
 
 Runs = dict[str, Callable[[], object]]
+Contestants = Callable[[torch.Tensor], Runs]
 
 
-def float_contestants(weight: torch.Tensor, x: torch.Tensor) -> Runs:
+def float_contestants(weight: torch.Tensor) -> Contestants:
     """Products in float32."""
-    runs: Runs = {"torch": lambda: torch.nn.functional.linear(x, weight)}
-    onednn = torch.ops.mkldnn
-    if hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight"):
-        reordered = onednn._reorder_linear_weight(weight, len(x))
-        runs["onednn"] = lambda: onednn._linear_pointwise(x, reordered, None, "none", [], "")
+    full = PackedMatrix(weight, storage="float32")
     half = PackedMatrix(weight.bfloat16().float(), storage="bfloat16")
-    runs["bf16"] = lambda: half.matmul(x)
-    return runs | _packed(weight, x, "float32")
+
+    def of(x: torch.Tensor) -> Runs:
+        runs: Runs = {"torch": lambda: torch.nn.functional.linear(x, weight)}
+        onednn = torch.ops.mkldnn
+        if hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight"):
+            reordered = onednn._reorder_linear_weight(weight, len(x))
+            runs["onednn"] = lambda: onednn._linear_pointwise(x, reordered, None, "none", [], "")
+        return runs | {"bf16": lambda: half.matmul(x), "packed": lambda: full.matmul(x)}
+
+    return of
 
 
-def int8_contestants(weight: torch.Tensor, x: torch.Tensor) -> Runs:
+def int8_contestants(weight: torch.Tensor) -> Contestants:
     """Products in int8."""
-    runs: Runs = {}
-    for engine in ("x86", "onednn"):
-        if engine in torch.backends.quantized.supported_engines:
-            runs[engine] = _dynamic(weight, x, engine)
-    if len(x) > 16:  # what it takes
-        left = torch.randint(-127, 128, x.shape, dtype=torch.int8)
-        right = torch.randint(-127, 128, tuple(reversed(weight.shape)), dtype=torch.int8)
-        runs["int_mm"] = lambda: torch._int_mm(left, right)
-    return runs | _packed(weight, x, "int8")
+    supported = [engine for engine in ("x86", "onednn") if engine in torch.backends.quantized.supported_engines]
+    dynamic = {engine: _dynamic(weight, engine) for engine in supported}
+    levels = torch.randint(-127, 128, tuple(reversed(weight.shape)), dtype=torch.int8)
+    packed = PackedMatrix(weight, storage="int8")
+
+    def of(x: torch.Tensor) -> Runs:
+        runs: Runs = {name: functools.partial(linear, x) for name, linear in dynamic.items()}
+        if len(x) > 16:  # what it takes
+            left = torch.randint(-127, 128, x.shape, dtype=torch.int8)
+            runs["int_mm"] = lambda: torch._int_mm(left, levels)
+        return runs | {"packed": lambda: packed.matmul(x)}
+
+    return of
 
 
-def nf4_contestants(weight: torch.Tensor, x: torch.Tensor) -> Runs:
+def nf4_contestants(weight: torch.Tensor) -> Contestants:
     """Products with 4-bit weights."""
-    return {"torch": lambda: torch.nn.functional.linear(x, weight)} | _packed(weight, x, "nf4")
+    packed = PackedMatrix(weight, storage="nf4")
+    return lambda x: {"torch": lambda: torch.nn.functional.linear(x, weight), "packed": lambda: packed.matmul(x)}
 
 
-GROUPS: dict[str, Callable[[torch.Tensor, torch.Tensor], Runs]] = {
-    "float32": float_contestants,
-    "int8": int8_contestants,
-    "nf4": nf4_contestants,
-}
+GROUPS = {"float32": float_contestants, "int8": int8_contestants, "nf4": nf4_contestants}
 
 
-def _packed(weight: torch.Tensor, x: torch.Tensor, storage: Storage) -> Runs:
-    matrix = PackedMatrix(weight, storage=storage)
-    return {"packed": lambda: matrix.matmul(x)}
-
-
-def _dynamic(weight: torch.Tensor, x: torch.Tensor, engine: str) -> Callable[[], object]:
+def _dynamic(weight: torch.Tensor, engine: str) -> Callable[[torch.Tensor], object]:
     """torch's dynamically quantised linear, packed for ``engine``."""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
@@ -90,7 +92,7 @@ def _dynamic(weight: torch.Tensor, x: torch.Tensor, engine: str) -> Callable[[],
             )
     finally:
         torch.backends.quantized.engine = before
-    return lambda: quantised(x)
+    return lambda x: quantised(x)
 
 
 def medians(runs: Runs, repeats: int) -> dict[str, float]:
@@ -123,9 +125,10 @@ def main() -> None:
             columns, depth = (int(size) for size in shape.split("x"))
             weight = torch.randn(columns, depth)
             for group in options.groups:
+                contestants = GROUPS[group](weight)
                 for rows in options.rows:
                     with torch.inference_mode():
-                        found = medians(GROUPS[group](weight, torch.randn(rows, depth)), options.repeats)
+                        found = medians(contestants(torch.randn(rows, depth)), options.repeats)
                     cells = "  ".join(f"{name} {ms:8.3f}" for name, ms in found.items())
                     rate = weight.numel() * BYTES[group] / found["packed"] / 1e6
                     operations = 2 * weight.numel() * rows / found["packed"] / 1e6
