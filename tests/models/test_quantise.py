@@ -150,12 +150,23 @@ def test_a_tied_embedding_keeps_its_precision(linears: str) -> None:
     assert type(model.module.lm_head) is not nn.Linear
 
 
+@pytest.mark.skipif(not build.available(), reason="no compiler")
+def test_the_head_stays_at_8_bits_under_nf4() -> None:
+    module = rounded("llama", "native", "nf4").module
+    assert module.lm_head.matrix.storage == "int8"
+    assert module.model.layers[0].mlp.down.storage == "nf4"
+    assert module.model.layers[0].self_attn.qkv.storage == "nf4"
+
+
 def test_modules_used_twice_are_rounded_once() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a = linear()
             self.b = self.a
+
+        def get_output_embeddings(self) -> None:
+            return None
 
     module = Twice()
     assert quantise.round_linears(module, "int8") == 1
