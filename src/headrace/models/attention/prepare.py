@@ -15,6 +15,9 @@ from numba import boolean, int32, int64, njit, types
 from headrace.models.attention import tiles
 from headrace.models.attention.worker import FIELDS
 
+_plan: Any = njit(tiles.plan)
+_join_keys: Any = njit(tiles.join_keys)
+
 _INTS = int32[::1]
 _SIGNATURE = types.UniTuple(int64, 7)(
     *[_INTS] * 9, int32[:, ::1], boolean[:, ::1], int64[::1], int64[:, ::1], int64[:, ::1], _INTS, int32[:, :, ::1]
@@ -25,7 +28,6 @@ def compile_prepare(*, cache: bool) -> Any:
     """The compiled function ``prepare`` below."""
     # Numba's cache knows a function by its own file and by what it encloses; the other files come in as the latter.
     sources = _digest()
-    plan, join_keys = njit(tiles.plan), njit(tiles.join_keys)
 
     def prepare(
         ids: Any, positions: Any, writes: Any, queries: Any, contexts: Any, slots: Any, masks: Any, words: Any, wanted: Any,
@@ -48,7 +50,7 @@ def compile_prepare(*, cache: bool) -> Any:
             The lowest and the highest slot that is read, the highest position, and where ids, positions, writes and wanted lie.
         """
         _ = sources
-        join_keys(contexts, queries, slots, writes, keys)
+        _join_keys(contexts, queries, slots, writes, keys)
         count, segments = len(slots) + len(writes), len(queries) - 1
         low, high, farthest = 0, -1, 0
         for at in range(count):
@@ -57,7 +59,7 @@ def compile_prepare(*, cache: bool) -> Any:
             farthest = max(farthest, positions[at])
         made = np.empty((len(kinds), 2), np.int64)
         for kind in range(len(kinds)):
-            found = plan(queries, contexts, masks, positions, kinds[kind, 0], kinds[kind, 1], skips[kind])
+            found = _plan(queries, contexts, masks, positions, kinds[kind, 0], kinds[kind, 1], skips[kind])
             weights, parts = np.empty(len(found), np.int64), 0
             for i in range(len(found)):
                 weights[i] = -np.int64(found[i, 2] - found[i, 1]) * np.int64(found[i, 4] - found[i, 3])
