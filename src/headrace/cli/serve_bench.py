@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,6 +107,8 @@ def _with_progress(measure: Any) -> Result:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     console = Console(stderr=True)
+    # A polite end is an interruption too: servers are stopped and the file is written. Ctrl-C raises the same by itself.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
