@@ -15,6 +15,7 @@ from typing import Any
 
 from headrace.bench import metrics
 from headrace.bench.openloop import Shot
+from headrace.bench.prediction import profile_error_p50
 from headrace.bench.replay import START, Replay
 from headrace.bench.sweep import Case, steady_rate
 from headrace.core.batch import StepShape
@@ -204,9 +205,9 @@ def claims(rows: Rows) -> dict[str, float]:
             mine = [p[f"{name}_error"] for p in points if f"{name}_error" in p]
             if mine:
                 found[f"sim_vs_real_{name}_error{suffix}"] = statistics.median(mine)
-    steps = [r for r in rows if r["kind"] == "profile"]
-    if steps:
-        found["profile_error_p50"] = statistics.median(abs(r["predicted_ms"] / r["measured_ms"] - 1) for r in steps)
+    error = profile_error_p50([r for r in rows if r["kind"] == "profile"])
+    if error is not None:
+        found["profile_error_p50"] = error
     runs = [r for r in rows if r["kind"] == "simulation"]
     if runs:
         found["sim_hours_per_minute"] = sum(r["virtual_s"] for r in runs) / 60 / sum(r["wall_s"] for r in runs)
