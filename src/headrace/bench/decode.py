@@ -51,7 +51,8 @@ class Setting:
         seed: of weights and prompts.
         convert: whether to convert the checkpoint for peers that have not done so yet; if not they are left out.
         inside: whether to measure steps of our engine and the bundled pair as well.
-        budget_s: seconds after which nothing new is begun, each engine having had a turn.
+        budget_s: seconds after which no engine is started and no further round begun.
+        brief: whether the steps and the pair are measured on less.
     """
 
     checkpoint: Path | None = None
@@ -68,6 +69,7 @@ class Setting:
     convert: bool = True
     inside: bool = True
     budget_s: float | None = None
+    brief: bool = False
 
     def __post_init__(self) -> None:
         for name in ("repeats", "prompt"):
@@ -96,7 +98,7 @@ def quick(setting: Setting) -> Setting:
     """The same in little more than half a minute: a smaller shape, shorter answers, and only what is ready to start."""
     engines = tuple(name for name in QUICK_PEERS if setting.engines is None or name in setting.engines)
     budget = setting.budget_s or 30.0
-    return replace(setting, shape="20m", engines=engines, repeats=2, new=33, convert=False, budget_s=budget)
+    return replace(setting, shape="20m", engines=engines, repeats=2, new=33, convert=False, budget_s=budget, brief=True)
 
 
 def run(setting: Setting, *, report: Report = lambda line: None) -> list[Row]:
@@ -115,7 +117,7 @@ def run(setting: Setting, *, report: Report = lambda line: None) -> list[Row]:
     checkpoint = setting.checkpoint or random_checkpoint(setting.shape, setting.seed)
     rows: list[Row] = []
     if setting.inside:
-        rows += inside_rows(checkpoint, setting.threads, quick=setting.budget_s is not None, report=report)
+        rows += inside_rows(checkpoint, setting.threads, quick=setting.brief, report=report)
     with contextlib.ExitStack() as stack:
         entries = _start_all(setting, wanted, checkpoint, deadline, rows, stack, report)
         turns = Turns(setting, _vocabulary(checkpoint), rows, report)

@@ -10,6 +10,7 @@ import typer
 
 from headrace.cli import serve_bench
 from headrace.cli.make_model import make_model
+from headrace.cli.peers import peers
 from headrace.cli.simulate import simulate
 
 bench = typer.Typer(
@@ -20,6 +21,7 @@ bench.command()(simulate)
 bench.command("make-model")(make_model)
 bench.command()(serve_bench.serve)
 bench.command()(serve_bench.soak)
+bench.add_typer(peers, name="peers")
 
 JsonPath = Annotated[
     Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
