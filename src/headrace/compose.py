@@ -114,7 +114,11 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
 
 def _runner_options(config: EngineConfig) -> dict[str, Any]:
     """What every rank's runner is built with."""
-    return {"attention": config.attention, "kv_cache_dtype": config.kv_cache_dtype}
+    return {
+        "attention": config.attention,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "graphs": not config.enforce_eager,
+    }
 
 
 def _before_quantising(model: LoadedModel, config: EngineConfig) -> Reading | None:

@@ -104,6 +104,13 @@ def claims(rows: Rows) -> dict[str, float]:
                 found[f"decode_b{batch}_vs_{other.replace(' ', '_')}"] = best / rate[other]
         if {"graphs", "launched"} <= rate.keys():
             found[f"decode_b{batch}_graphs_vs_launched"] = rate["graphs"] / rate["launched"]
+        first = {
+            system: statistics.median(r["prefill_tok_s"] for r in turns if (r["batch"], r["system"]) == (batch, system))
+            for system in rate
+        }
+        for other in ("generate", "continuous batching"):
+            if other in first:
+                found[f"prefill_b{batch}_vs_{other.replace(' ', '_')}"] = first["launched"] / first[other]
         floor = next(row["floor_tok_s"] for row in turns if row["batch"] == batch)
         found[f"decode_b{batch}_share_of_memory"] = best / floor
     same = [row["identical"] for row in turns if "identical" in row]
