@@ -24,7 +24,7 @@ class EngineConfig:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:0".
         attention: "auto" or a backend's name ("reference", "numba", "triton").
-        linears: "auto", "module" (the checkpoint's own) or "native" (compiled skinny kernels).
+        linears: "auto", "module" (the checkpoint's own) or "native" (compiled kernels, in one call per step where the layers allow it).
         policy: a registered policy's name.
         limits: bounds of a step.
         quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
