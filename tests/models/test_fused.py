@@ -91,7 +91,7 @@ def test_settings_that_change_from_call_to_call_are_not_frozen() -> None:
 
 def test_mlps_and_norms_that_do_anything_else_are_kept() -> None:
     model = _llama()
-    model.model.layers[0].mlp.act_fn = nn.ReLU()
+    model.model.layers[0].mlp.act_fn = nn.Tanh()
     model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: None)
     norm = model.model.norm
 

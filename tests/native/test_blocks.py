@@ -12,6 +12,15 @@ from headrace.native import blocks, build
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {build.why_not()}")
 
 
+EXACT = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x).square(),
+}
+
+
 def _values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -44,9 +53,11 @@ def test_gate(width: int, activation: blocks.Activation) -> None:
     x = _values(6, 2 * width) * 5
     x[0, 0], x[1, 0], x[2, 0], x[3, 0] = 0.0, 100.0, -100.0, -30.0
     gates, ups = x.double()[:, :width], x.double()[:, width:]
-    functional = torch.nn.functional
-    exact = functional.silu(gates) if activation == "silu" else functional.gelu(gates, approximate="tanh")
-    torch.testing.assert_close(blocks.gate(x, activation).double(), exact * ups, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        blocks.gate(x, activation).double(), EXACT[activation](gates) * ups, rtol=2e-5, atol=5e-6
+    )
+    alone = blocks.gate(x, activation, gated=False).double()
+    torch.testing.assert_close(alone, EXACT[activation](x.double()), rtol=2e-5, atol=5e-6)
 
 
 def test_gate_follows_the_exponential_closely() -> None:
@@ -57,11 +68,23 @@ def test_gate_follows_the_exponential_closely() -> None:
     assert error.max() < 1e-6
 
 
-def test_gate_passes_on_what_is_no_number() -> None:
+@pytest.mark.parametrize("activation", list(blocks.ACTIVATIONS))
+def test_gate_passes_on_what_is_no_number(activation: blocks.Activation) -> None:
     x = torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [1.0, math.nan]])
-    y = blocks.gate(x, "silu")[:, 0]
+    y = blocks.gate(x, activation)[:, 0]
     assert torch.equal(y.isnan(), torch.tensor([True, False, True]))
     assert y[1] == math.inf
+
+
+@pytest.mark.parametrize(("size", "turned"), [(16, 16), (64, 32), (6, 4)])
+def test_rotate_interleaved(size: int, turned: int) -> None:
+    x, angles = _values(5, 3 * size), _values(5, turned // 2, seed=1)
+    pairs = torch.view_as_complex(x.view(5, 3, size)[..., :turned].reshape(5, 3, -1, 2).double())
+    exact = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+    rest = x.view(5, 3, size)[..., turned:].clone()
+    blocks.rotate_(x, size, angles.cos().repeat(1, 2), angles.sin().repeat(1, 2), interleaved=True)
+    torch.testing.assert_close(x.view(5, 3, size)[..., :turned].double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x.view(5, 3, size)[..., turned:], rest)
 
 
 @pytest.mark.parametrize(("size", "turned"), [(16, 16), (64, 64), (64, 32), (6, 4)])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from headrace.native import build
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu_squared"]
 
-ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu_squared": 4}
 
 
 @functools.cache
@@ -26,8 +26,8 @@ def _library() -> ctypes.CDLL:
     pointer, number, threads, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     for name, arguments in (
         ("rms_norm", (pointer, number, number, number, number, pointer, real, pointer, number, threads)),
-        ("gate", (pointer, number, number, threads, pointer, threads)),
-        ("rotate", (pointer, number, number, number, number, number, pointer, pointer, threads)),
+        ("gate", (pointer, number, number, threads, threads, pointer, threads)),
+        ("rotate", (pointer, number, number, number, number, number, threads, pointer, pointer, threads)),
     ):
         function = getattr(library, f"headrace_{name}")
         function.restype, function.argtypes = None, list(arguments)
@@ -84,23 +84,26 @@ def rms_norm_(x: Tensor, scale: Tensor, epsilon: float) -> None:
     )  # fmt: skip
 
 
-def gate(x: Tensor, activation: Activation) -> Tensor:
-    """``activation(x[:, :I]) * x[:, I:]``: float32[R, I] of float32[R, 2 * I], contiguous."""
-    rows, width = x.shape[0], x.shape[1] // 2
+def gate(x: Tensor, activation: Activation, *, gated: bool = True) -> Tensor:
+    """``activation(x[:, :I]) * x[:, I:]``: float32[R, I] of float32[R, 2 * I], contiguous; not ``gated``, ``activation(x)``."""
+    rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
     y = torch.empty(rows, width)
-    _library().headrace_gate(x.data_ptr(), rows, width, ACTIVATIONS[activation], y.data_ptr(), torch.get_num_threads())
+    _library().headrace_gate(
+        x.data_ptr(), rows, width, ACTIVATIONS[activation], gated, y.data_ptr(), torch.get_num_threads()
+    )
     return y
 
 
-def rotate_(x: Tensor, size: int, cosines: Tensor, sines: Tensor) -> None:
-    """Turn the first T dimensions of every head by its row's angles, in place, pairing dimension i with i + T / 2.
+def rotate_(x: Tensor, size: int, cosines: Tensor, sines: Tensor, *, interleaved: bool = False) -> None:
+    """Turn the first T dimensions of every head by its row's angles, in place.
 
     Args:
         x: float32[R, H * size] with contiguous columns.
         size: of a head.
         cosines, sines: float32[R, T], contiguous, T at most ``size``.
+        interleaved: pair dimension 2i with 2i + 1, by angle i; otherwise i with i + T / 2.
     """
     _library().headrace_rotate(
-        x.data_ptr(), x.stride(0), x.shape[0], x.shape[1] // size, size, cosines.shape[1],
+        x.data_ptr(), x.stride(0), x.shape[0], x.shape[1] // size, size, cosines.shape[1], interleaved,
         cosines.data_ptr(), sines.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

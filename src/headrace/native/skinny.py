@@ -1,4 +1,4 @@
-"""Weights packed for products with few rows: the Python side of ``src/skinny.cpp``."""
+"""Weights packed for products with few rows: the Python side of ``src/product.cpp``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Matrix(ctypes.Structure):
-    """``struct Matrix`` of ``skinny.cpp``."""
+    """``struct Matrix`` of ``product.h``."""
 
     _fields_ = (
         ("panels", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("compensation", ctypes.c_void_p),
         ("columns", ctypes.c_int64),
         ("depth", ctypes.c_int64),
         ("storage", ctypes.c_int64),
@@ -36,7 +38,7 @@ def _library() -> ctypes.CDLL:
 
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the C functions of ``skinny.cpp`` in ``library``, and give it back."""
+    """Declare the C functions of ``product.cpp`` in ``library``, and give it back."""
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, result, arguments in (
         ("isa", ctypes.c_char_p, ()),
@@ -99,11 +101,16 @@ class PackedMatrix:
         nbytes = padded * self.depth * self.dtype.itemsize
         self._panels = (Arena(nbytes) if arena is None else arena).take(nbytes)
         self._matrix = _Matrix(
-            self._panels.data_ptr(), self._bias.data_ptr(), self.columns, self.depth, _CODES[self.dtype]
+            self._panels.data_ptr(), self._bias.data_ptr(), None, None, self.columns, self.depth, _CODES[self.dtype]
         )
         self._address = ctypes.addressof(self._matrix)
         self._matmul = library.headrace_matmul
         library.headrace_pack(self._address, weight.data_ptr(), threads)
+
+    @property
+    def address(self) -> int:
+        """Of the ``struct Matrix`` in memory, for native code that multiplies by itself; valid while this object lives."""
+        return self._address
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,7 @@
-// y[M, N] = x[M, K] @ W[N, K]^T + bias in fp32, over weights packed once; built for few rows M, sound for any.
+// Products in fp32 over weights stored as float32 or bfloat16; built for few rows, sound for any.
 //
-// Layout. W is cut into panels of PANEL output columns; a panel holds K steps of PANEL weights back to back, so a product
-// reads every weight once and in order. bf16 storage (for values that are exactly bf16) halves the bytes and is widened in
-// registers: the arithmetic is fp32 either way. Columns beyond N are zeros.
+// Layout. A panel holds K steps of PANEL weights back to back, so a product reads every weight once and in order. bf16
+// storage halves the bytes and is widened in registers: the arithmetic is fp32 either way. Columns beyond N are zeros.
 //
 // Order of summation. Each y[m, n] walks K in blocks of K_BLOCK: within a block one chain of multiply-adds in ascending k,
 // then base + block, base being the bias at first and the running sum afterwards. No tile shape, thread count or number of
@@ -10,34 +9,16 @@
 //
 // Rows are tiled so that a tile's accumulators fill the registers, and a panel's K block stays in cache while all row tiles
 // of a row block pass over it. Threads split the panels.
+#include "storages.h"
+
 #include <algorithm>
-#include <cstddef>
-#include <cstdint>
+#include <cstring>
 #include <utility>
-
-#include "simd.h"
-
-// Declared here because Apple's compiler ships no omp.h.
-extern "C" int omp_get_num_threads(void);
-extern "C" int omp_get_thread_num(void);
 
 namespace headrace {
 
-// A packed matrix as its owner describes it: the struct of the same name in skinny.py.
-struct Matrix {
-  void* panels;       // panel_count(columns) * depth * PANEL weights
-  const float* bias;  // panel_count(columns) * PANEL floats, zeros where there is none
-  std::int64_t columns;
-  std::int64_t depth;
-  std::int64_t storage;
-};
-
 namespace {
 
-using isize = std::ptrdiff_t;
-
-constexpr int TILE_VECS = (LANES == 4 && REGISTERS == 32) ? 4 : 2;
-constexpr int PANEL = TILE_VECS * LANES;
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;  // accumulators, a step of weights and a broadcast fill the registers
 constexpr isize K_BLOCK = 256;                   // a panel's block and a tile's rows fit a 48 KiB L1
 constexpr isize ROW_BLOCK = 128;                 // rows of x that stay in L2 while all panels pass over them
@@ -47,10 +28,6 @@ constexpr isize FAR_BYTES = 16384;               // and into L2
 // Independent chains of multiply-adds that hide their latency: tiles of few rows take several panels at once.
 constexpr int CHAINS = 8;
 constexpr int panels_at_once(int rows) { return std::max(1, CHAINS / (rows * TILE_VECS)); }
-
-enum Storage : int { FLOAT32 = 0, BFLOAT16 = 1 };
-
-isize panel_count(isize columns) { return (columns + PANEL - 1) / PANEL; }
 
 // Adds `depth` steps of k to ROWS x (GROUPS * PANEL) outputs: y = base + x @ w. Group g reads weights at w + g * group_stride.
 template <int ROWS, int GROUPS, typename W>
@@ -113,7 +90,7 @@ struct Product {
   const float* x;
   isize ldx;
   float* y;
-  isize rows;
+  isize ldy, rows;
 
   // `groups` whole panels from `panel` on, for rows [first, last).
   void whole(isize panel, int groups, isize first, isize last) const {
@@ -123,9 +100,9 @@ struct Product {
       const isize steps = std::min(K_BLOCK, depth - k);
       for (isize m = first; m < last;) {
         const int tile_rows = next_rows(last - m);
-        float* to = out + m * columns;
+        float* to = out + m * ldy;
         tile_for<W>(tile_rows, groups > 1)(w + k * PANEL, depth * PANEL, x + m * ldx + k, ldx, steps,
-                                           k == 0 ? bias + panel * PANEL : to, k == 0 ? 0 : columns, to, columns);
+                                           k == 0 ? bias + panel * PANEL : to, k == 0 ? 0 : ldy, to, ldy);
         m += tile_rows;
       }
     }
@@ -142,7 +119,7 @@ struct Product {
         tile_for<W>(tile_rows, false)(w + k * PANEL, 0, x + m * ldx + k, ldx, std::min(K_BLOCK, depth - k),
                                       k == 0 ? bias + panel * PANEL : aside, k == 0 ? 0 : PANEL, aside, PANEL);
       for (int r = 0; r < tile_rows; ++r)
-        std::copy_n(aside + r * PANEL, real, y + (m + r) * columns + panel * PANEL);
+        std::copy_n(aside + r * PANEL, real, y + (m + r) * ldy + panel * PANEL);
       m += tile_rows;
     }
   }
@@ -164,18 +141,6 @@ struct Product {
     }
   }
 };
-
-template <typename W>
-void multiply(const Matrix& matrix, const float* x, isize stride, isize rows, float* y, int threads) {
-  const Product<W> product{static_cast<const W*>(matrix.panels), matrix.bias, matrix.columns, matrix.depth, x, stride, y, rows};
-  const isize count = panel_count(matrix.columns);
-// The team always has `threads` members: libgomp ends and restarts its threads when the size of a team changes.
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const isize size = omp_get_num_threads(), rank = omp_get_thread_num();
-    product.run(count * rank / size, count * (rank + 1) / size);
-  }
-}
 
 // Where column c of a panel stands within a step of k. bf16 columns c and c + LANES share a 32-bit word.
 template <typename W>
@@ -219,52 +184,33 @@ void unpack(const W* panels, isize columns, isize depth, float* weight, int thre
   }
 }
 
+template <typename W>
+void share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize from, isize to) {
+  const W* panels = static_cast<const W*>(matrix.panels);
+  Product<W>{panels, matrix.bias, matrix.columns, matrix.depth, operand.x, operand.stride, y, stride, rows}.run(from, to);
+}
+
 }  // namespace
 
+void float_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize from, isize to) {
+  if (matrix.storage == BFLOAT16)
+    share<std::uint16_t>(matrix, operand, rows, y, stride, from, to);
+  else
+    share<float>(matrix, operand, rows, y, stride, from, to);
+}
+
+void float_pack(const Matrix& matrix, const float* weight, int threads) {
+  if (matrix.storage == BFLOAT16)
+    pack(weight, matrix.columns, matrix.depth, static_cast<std::uint16_t*>(matrix.panels), threads);
+  else
+    pack(weight, matrix.columns, matrix.depth, static_cast<float*>(matrix.panels), threads);
+}
+
+void float_unpack(const Matrix& matrix, float* weight, int threads) {
+  if (matrix.storage == BFLOAT16)
+    unpack(static_cast<const std::uint16_t*>(matrix.panels), matrix.columns, matrix.depth, weight, threads);
+  else
+    unpack(static_cast<const float*>(matrix.panels), matrix.columns, matrix.depth, weight, threads);
+}
+
 }  // namespace headrace
-
-using namespace headrace;
-
-extern "C" {
-
-const char* headrace_isa(void) { return ISA; }
-
-// Columns per panel: `columns` are padded to a multiple of it.
-std::int64_t headrace_panel(void) { return PANEL; }
-
-// 1 when every value is exactly a bf16, that is, when its low 16 bits are zero.
-int headrace_is_bfloat16(const float* values, std::int64_t count, int threads) {
-  std::uint32_t low = 0;
-#pragma omp parallel for num_threads(threads) reduction(| : low) if (threads > 1)
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    low |= bits & 0xffffu;
-  }
-  return low == 0;
-}
-
-// weight: float[columns, depth], contiguous.
-void headrace_pack(const Matrix* matrix, const float* weight, int threads) {
-  if (matrix->storage == BFLOAT16)
-    pack(weight, matrix->columns, matrix->depth, static_cast<std::uint16_t*>(matrix->panels), threads);
-  else
-    pack(weight, matrix->columns, matrix->depth, static_cast<float*>(matrix->panels), threads);
-}
-
-void headrace_unpack(const Matrix* matrix, float* weight, int threads) {
-  if (matrix->storage == BFLOAT16)
-    unpack(static_cast<const std::uint16_t*>(matrix->panels), matrix->columns, matrix->depth, weight, threads);
-  else
-    unpack(static_cast<const float*>(matrix->panels), matrix->columns, matrix->depth, weight, threads);
-}
-
-// y[rows, columns] = x[rows, depth] @ W^T + bias. Rows of x are `stride` floats apart, those of y contiguous.
-void headrace_matmul(const Matrix* matrix, const float* x, std::int64_t stride, std::int64_t rows, float* y, int threads) {
-  if (matrix->storage == BFLOAT16)
-    multiply<std::uint16_t>(*matrix, x, stride, rows, y, threads);
-  else
-    multiply<float>(*matrix, x, stride, rows, y, threads);
-}
-
-}  // extern "C"

@@ -1,0 +1,56 @@
+// Products by storage, and their C interface.
+#include "product.h"
+
+#include <cstring>
+
+#include "storages.h"
+
+// Declared here because Apple's compiler ships no omp.h.
+extern "C" int omp_get_num_threads(void);
+extern "C" int omp_get_thread_num(void);
+
+namespace headrace {
+
+void product_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize rank, isize size) {
+  const isize count = panel_count(matrix.columns);
+  const isize from = count * rank / size, to = count * (rank + 1) / size;
+  float_share(matrix, operand, rows, y, stride, from, to);
+}
+
+}  // namespace headrace
+
+using namespace headrace;
+
+extern "C" {
+
+const char* headrace_isa(void) { return ISA; }
+
+// Columns per panel: `columns` are padded to a multiple of it.
+std::int64_t headrace_panel(void) { return PANEL; }
+
+// 1 when every value is exactly a bf16, that is, when its low 16 bits are zero.
+int headrace_is_bfloat16(const float* values, std::int64_t count, int threads) {
+  std::uint32_t low = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : low) if (threads > 1)
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    low |= bits & 0xffffu;
+  }
+  return low == 0;
+}
+
+// weight: float[columns, depth], contiguous.
+void headrace_pack(const Matrix* matrix, const float* weight, int threads) { float_pack(*matrix, weight, threads); }
+
+void headrace_unpack(const Matrix* matrix, float* weight, int threads) { float_unpack(*matrix, weight, threads); }
+
+// y[rows, columns] = x[rows, depth] @ W^T + bias. Rows of x are `stride` floats apart, those of y contiguous.
+void headrace_matmul(const Matrix* matrix, const float* x, std::int64_t stride, std::int64_t rows, float* y, int threads) {
+  const Operand operand{x, stride, nullptr, nullptr};
+  // The team always has `threads` members: libgomp ends and restarts its threads when the size of a team changes.
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  product_share(*matrix, operand, rows, y, matrix->columns, omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // extern "C"

@@ -1,0 +1,15 @@
+// What each family of storages provides to product.cpp: its share of a product, packing and unpacking.
+//
+// *_share computes panels [from, to) of y. *_pack fills panels, scales and compensation from weight [columns, depth], contiguous;
+// *_unpack gives back the weights the products compute with.
+#pragma once
+
+#include "product.h"
+
+namespace headrace {
+
+void float_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize from, isize to);
+void float_pack(const Matrix& matrix, const float* weight, int threads);
+void float_unpack(const Matrix& matrix, float* weight, int threads);
+
+}  // namespace headrace
