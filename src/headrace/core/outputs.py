@@ -69,7 +69,11 @@ class SequenceDelta:
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot of the engine for metrics and health."""
+    """A snapshot of the engine for metrics and health.
+
+    ``verifications`` counts decode rows that were roots, ``drafted`` the draft nodes verified below them and ``accepted`` those of them
+    that were committed. ``draft_s`` and ``plan_s`` are seconds spent in drafting and in the policy since the start.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -85,3 +89,8 @@ class EngineStats:
     forward_ms: float = 0.0
     finished: int = 0
     aborted: int = 0
+    verifications: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    plan_s: float = 0.0

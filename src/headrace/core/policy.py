@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from headrace.core.batch import Ints
+from headrace.core.protocols import Profile
 from headrace.core.request import SLO
 from headrace.core.speculation import DraftPlan, DraftTree, Outlook
 
@@ -82,9 +83,10 @@ class Limits:
 class View:
     """The engine's state before a step.
 
-    ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival, id).
-    ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``outlook`` is what may be expected of drafts
-    (None: there is no drafter), ``candidates`` the drafts made for this step by sequence, with calibrated probabilities.
+    ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival,
+    id). ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``profile`` is what
+    steps cost here (None: unknown), ``outlook`` what may be expected of drafts (None: there is no drafter), and
+    ``candidates`` the drafts made for this step, by sequence, with calibrated probabilities.
     """
 
     now: float
@@ -93,6 +95,7 @@ class View:
     free_slots: int
     total_slots: int
     limits: Limits
+    profile: Profile | None = None
     outlook: Outlook | None = None
     candidates: Mapping[int, DraftTree] = field(default_factory=dict)
 
@@ -106,8 +109,8 @@ class StepPlan:
             cut to it.
         victims: ids to preempt, first to go first, should slots run out. A sequence preempts only those before it in this
             order (any, if it is not in it), and none that has got its chunk of this step. Those left out are never preempted.
-        nodes: sequence id -> int32[k], the nodes of its candidate tree to verify beside its chunk of 1, each after its parent; the first
-            ones are kept should slots be short. Ignored for a sequence without a chunk.
+        nodes: sequence id -> int32[k], the nodes of its candidate tree to verify beside its chunk of 1, each after its parent;
+            the first ones are kept should slots be short. Ignored for a sequence without a chunk.
     """
 
     chunks: list[tuple[int, int]] = field(default_factory=list)

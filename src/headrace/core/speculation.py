@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headrace.core.batch import Ints, StepShape
+from headrace.core.batch import Ints
 
 Floats = NDArray[np.float64]
 
@@ -166,14 +166,7 @@ class DraftCosts(Protocol):
         """Predicted milliseconds to draft ``depth`` layers of ``width`` nodes for ``sequences`` sequences together."""
 
 
-class StepCosts(Protocol):
-    """What steps cost."""
-
-    def cost(self, shape: StepShape) -> float:
-        """Predicted milliseconds of a step of ``shape``."""
-
-
-class Acceptance(Protocol):
+class Calibration(Protocol):
     """How likely drafts are to be what the model says; learnt while they are verified."""
 
     def rate(self, sequence: int, source: str) -> float:
@@ -196,16 +189,14 @@ class Acceptance(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a policy may expect of drafts and steps.
+    """What a policy may expect of drafts.
 
     Attributes:
         sources: names of the drafters, the best first.
-        steps: what a step costs.
         drafts: what drafting costs.
-        acceptance: what becomes of drafts.
+        calibration: what becomes of drafts.
     """
 
     sources: tuple[str, ...]
-    steps: StepCosts
     drafts: DraftCosts
-    acceptance: Acceptance
+    calibration: Calibration

@@ -15,11 +15,14 @@ import numpy as np
 from headrace.core.batch import Batch, Packer, Segment, StepShape, step_shape
 from headrace.core.clock import VirtualClock
 from headrace.core.outputs import SequenceDelta
-from headrace.core.policy import Limits, Policy
+from headrace.core.policy import DraftingPolicy, Limits, Policy
 from headrace.core.protocols import ModelCard, Profile, StepResult
+from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
+from headrace.engine.head import Head
 from headrace.engine.kv import KVSpace
 from headrace.engine.sampling import Draw, Sampled
+from headrace.engine.simulated_drafts import SimulatedDrafter, SimulatedSpeculation
 from headrace.models.slots import SlotPool
 
 VOCAB = 32_000
@@ -75,6 +78,7 @@ class SimulatedEngine(Engine):
         slots: tokens whose K and V fit the simulated memory.
         context: longest prompt plus output.
         prefix_cache: share the K and V of equal prefixes.
+        speculation: drafts for policies that speculate; None has none.
         stretch: whether steps are taken ahead, as far as the policy's ``steady`` allows.
 
     Attributes:
@@ -92,6 +96,7 @@ class SimulatedEngine(Engine):
         slots: int = 1 << 17,
         context: int = 1 << 14,
         prefix_cache: bool = False,
+        speculation: SimulatedSpeculation | None = None,
         stretch: bool = True,
     ) -> None:
         super().__init__(
@@ -102,11 +107,29 @@ class SimulatedEngine(Engine):
             ModelCard("simulated", "", context=min(context, slots), vocab_size=VOCAB, stop_ids=()),
             limits=limits,
             clock=clock,
+            profile=profile,
+            drafting=None if speculation is None else self._drafting(speculation, clock),
         )
         self._packer = ShapePacker()
         self._profile, self._virtual = profile, clock
-        self._steady = getattr(policy, "steady", "unqueued") if stretch else "never"
+        drafts = speculation is not None and isinstance(policy, DraftingPolicy)
+        self._steady = getattr(policy, "steady", "unqueued") if stretch and not drafts else "never"
         self.quiet_until = math.inf
+
+    def _drafting(self, speculation: SimulatedSpeculation, clock: VirtualClock) -> Drafting:
+        drafters = [
+            SimulatedDrafter(
+                name,
+                model,
+                speculation.costs,
+                clock,
+                find=lambda number: self._running[number],
+                truth=lambda sequence: _token(sequence.draw_key, sequence.stop_ids),
+                vocab_size=VOCAB,
+            )
+            for name, model in speculation.models.items()
+        ]
+        return Drafting(drafters, speculation.calibration, speculation.costs)
 
     def step(self) -> list[SequenceDelta]:
         """Run one step, or as many as follow from it."""
@@ -150,5 +173,7 @@ class SimulatedEngine(Engine):
             sequence.hold(slots[place * taken : (place + 1) * taken])
             sequence.context += taken
             sequence.extend([token] * (taken - 1))
-            self.commit(sequence, [Sampled(token)], now)
+            head = Head(sequence, 0)
+            head.take(Sampled(token))
+            self.commit(head, now)
             self._deltas[-1].tokens = [token] * taken

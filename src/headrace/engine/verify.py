@@ -1,9 +1,10 @@
 """Lossless verification of any draft tree: draw from the model, go on where a node carries what was drawn.
 
-At each node the next token is drawn exactly as without a draft: same logits, same processing, same random number. If a child carries it,
-its logits are known already and the walk goes on there; if not, the drawn token is still the model's own and the walk ends. A
-draft therefore never changes a token, only how many come out of a step. The chance to go on at a node is the probability of its
-children together, which no lossless rule exceeds for a fixed set of children.
+At each node the next token is drawn exactly as without a draft: same logits, same processing, same random number. If
+a child carries it, its logits are known already and the walk goes on there; if not, the drawn token is still the
+model's own and the walk ends. A draft therefore never changes a token, only how many come out of a step. The chance
+to go on at a node is the probability of its children together, which no lossless rule exceeds for a fixed set of
+children.
 """
 
 from __future__ import annotations

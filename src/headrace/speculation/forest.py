@@ -1,7 +1,7 @@
 """The candidate trees of a step side by side, as flat arrays, and the order in which their nodes may be taken.
 
-A node's path probability is never above its parent's, so whoever takes nodes best first, equals by index, always holds a connected tree: a
-request's choice is a number of nodes, nothing more.
+A node's path probability is never above its parent's, so whoever takes nodes best first, equals by index, always holds a connected
+tree: a request's choice is a number of nodes, nothing more.
 """
 
 from __future__ import annotations

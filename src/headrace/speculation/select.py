@@ -1,11 +1,12 @@
 """Which nodes of the candidate trees to verify: the two phases of AdaServe (EuroSys 2026, algorithms 1 and 2), as array arithmetic.
 
-A verified node adds its path probability to the tokens a request may expect of a step; the root adds 1. The SLO phase gives every request
-the fewest nodes from which it expects what it needs, the throughput phase spends the rest of the budget where a node is likeliest
-to be accepted. With true probabilities and without caps the outcome is optimal: no other choice of connected trees expects more tokens.
+A verified node adds its path probability to the tokens a request may expect of a step; the root adds 1. The SLO phase
+gives every request the fewest nodes from which it expects what it needs, the throughput phase spends the rest of the
+budget where a node is likeliest to be accepted. With true probabilities and without caps the outcome is optimal: no
+other choice of connected trees expects more tokens.
 
-Where the paper's pseudocode and its text differ, the text holds: path probabilities count, not conditional ones, and no more nodes are
-taken than the budget has.
+Where the paper's pseudocode and its text differ, the text holds: path probabilities count, not conditional ones, and
+no more nodes are taken than the budget has.
 """
 
 from __future__ import annotations
