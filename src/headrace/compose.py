@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidRequest
@@ -14,13 +15,17 @@ from headrace.core.request import Request, SamplingParams
 from headrace.engine.service import ProcessService
 
 if TYPE_CHECKING:
-    from headrace.core.protocols import ModelCard
+    from headrace.core.protocols import ModelCard, Runner
     from headrace.engine.engine import Engine
     from headrace.models.loaded import LoadedModel
+    from headrace.models.parallel.ranks import Lost, Ranks
 
 
-def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
-    """Load the model and build an engine in this process, warmed up.
+def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: Lost | None = None) -> Engine:
+    """Load the model and build an engine in this process, warmed up; with ``tp`` above 1 the rest of it in processes of its own.
+
+    Args:
+        on_rank_lost: called in a thread of its own when one of those processes ends unasked; else the next step raises.
 
     Raises:
         HeadraceError: an option is wrong, the checkpoint is missing, broken or unsupported, or memory is too small.
@@ -31,20 +36,28 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     from headrace.models.load import load
 
     get_policy(config.policy)  # a wrong name shall not cost a load
-    torch.set_num_threads(config.threads or default_threads())
-    model = load(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-        max_context=config.max_context,
-    )
-    return engine_around(model, config)
+    threads = config.threads or default_threads()
+    options: dict[str, Any] = {
+        "name": config.model,
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "max_context": config.max_context,
+    }
+    if config.tp > 1:
+        from headrace.models.parallel.start import load_share, start_ranks
+
+        ranks = start_ranks(config, options, _runner_options(config), threads, on_rank_lost)
+        with ranks.starting():
+            return engine_around(load_share(ranks, config, options, progress=progress), config, ranks)
+    torch.set_num_threads(threads)
+    return engine_around(load(**options, device=config.device, progress=progress), config)
 
 
-def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
-    """An engine over a model that is in memory already, warmed up; raises as :func:`build_engine`."""
+def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None = None) -> Engine:
+    """An engine over a model that is in memory already (rank 0's share where there are others), warmed up.
+
+    Raises as :func:`build_engine`.
+    """
     from headrace.engine.engine import Engine
     from headrace.engine.grammar import GrammarCompiler
     from headrace.engine.kv import KVSpace
@@ -57,8 +70,15 @@ def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
 
     choose_linears(model, config.linears)
     context = longest_context(config, model.card)
-    pool = SlotPool(kv_slots(model, config.kv_gib, context))
-    runner = ModelRunner(model, pool, attention=config.attention)
+    if ranks is None:
+        pool = SlotPool(kv_slots(model, config.kv_gib, context, config.kv_cache_dtype))
+        runner: Runner = ModelRunner(model, pool, **_runner_options(config))
+    else:
+        from headrace.models.parallel.room import shared_slots
+        from headrace.models.parallel.runner import ParallelRunner
+
+        pool = SlotPool(shared_slots(model, ranks.group, config.kv_gib, config.max_context, config.kv_cache_dtype))
+        runner = ParallelRunner(ModelRunner(model, pool, **_runner_options(config)), ranks)
     card = replace(model.card, name=config.served_name or model.card.name, context=min(context, pool.size))
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
     return Engine(
@@ -72,6 +92,11 @@ def engine_around(model: LoadedModel, config: EngineConfig) -> Engine:
     )
 
 
+def _runner_options(config: EngineConfig) -> dict[str, Any]:
+    """What every rank's runner is built with."""
+    return {"attention": config.attention, "kv_cache_dtype": config.kv_cache_dtype}
+
+
 def build_service(config: EngineConfig) -> ProcessService:
     """An engine in its own process; ``await service.start()`` loads it."""
     return ProcessService(run_engine_process, (config,), max_queue=config.max_queue)
@@ -81,7 +106,13 @@ def run_engine_process(connection: Connection, config: EngineConfig) -> None:
     """Entry point of the engine's process."""
     from headrace.engine.worker import run_worker
 
-    run_worker(connection, partial(build_engine, config))
+    run_worker(connection, partial(build_engine, config, on_rank_lost=_end_process))
+
+
+def _end_process(loss: str) -> None:
+    """End the engine's process, whatever its main thread is waiting for: the service starts another."""
+    print(f"headrace: {loss}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def default_threads() -> int:

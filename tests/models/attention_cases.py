@@ -11,11 +11,12 @@ import torch
 from hypothesis import strategies as st
 
 from headrace.core.batch import Batch, Packer, Segment
+from headrace.models.planes import encode
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch over filled planes, and how to attend."""
+    """A batch over filled planes, and how to attend; ``scales`` are those of int8 planes."""
 
     segments: list[Segment]
     q: torch.Tensor
@@ -25,13 +26,20 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def batch(self) -> Batch:
         return Packer().pack(self.segments)
 
     def options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "scales": self.scales,
+        }
 
     def run(self, backend: Any, batch: Batch | None = None) -> torch.Tensor:
         """Attention of the case through ``backend``."""
@@ -41,13 +49,22 @@ class Case:
     def to(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
         """The case with its tensors moved and rounded."""
         sinks = None if self.sinks is None else self.sinks.to(device)
+        scales = None if self.scales is None else (self.scales[0].to(device), self.scales[1].to(device))
+        stored = dtype if self.scales is None else torch.int8
         return replace(
             self,
             q=self.q.to(device, dtype),
-            k=self.k.to(device, dtype),
-            v=self.v.to(device, dtype),
+            k=self.k.to(device, stored),
+            v=self.v.to(device, stored),
             sinks=sinks,
+            scales=scales,
         )
+
+    def coded(self) -> Case:
+        """The case over int8 planes, whose scales differ widely between slots and heads."""
+        spread = torch.logspace(-1, 1, self.k.shape[0]).unsqueeze(1) * torch.arange(1, self.k.shape[1] + 1)
+        (k, k_scale), (v, v_scale) = encode(self.k), encode(self.v * spread.unsqueeze(2))
+        return replace(self, k=k, v=v, scales=(k_scale, v_scale))
 
 
 def chain(rng: np.random.Generator, slots: np.ndarray, context: int, rows: int) -> Segment:
@@ -149,6 +166,9 @@ def visible(segment: Segment, row: int, other: int) -> bool:
 def brute_force(case: Case) -> torch.Tensor:
     """float64 [N, Hq, Dv]: the semantics spelled out, one row and one head at a time."""
     q, k, v = (t.detach().cpu().double().numpy() for t in (case.q, case.k, case.v))
+    if case.scales is not None:
+        k_scale, v_scale = (t.detach().cpu().double().numpy()[..., None] for t in case.scales)
+        k, v = k * k_scale, v * v_scale
     group = q.shape[1] // k.shape[1]
     out, at = np.zeros((q.shape[0], q.shape[1], v.shape[2])), 0
     for segment in case.segments:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from tests.models.attention_cases import Case, brute_force, build, cases, worst
 
-from headrace.models.attention import cpu, kernel, team, tiles
+from headrace.models.attention import cpu, team, tiles, worker
 from headrace.models.attention.cpu import NumbaAttention
 from headrace.models.attention.dense import is_dense
 
@@ -38,6 +38,40 @@ def test_bfloat16_planes(case: Case) -> None:
     assert worst(halved.run(NUMBA), brute_force(halved)) < 0.03
 
 
+@settings(max_examples=100, deadline=None)
+@given(cases(longest=600))
+def test_int8_planes(case: Case) -> None:
+    """The error against float64 over the same codes is that of float32 arithmetic, not of rounding codes again."""
+    coded = case.coded()
+    assert worst(coded.run(NUMBA), brute_force(coded)) < 2e-5 * coded.scales[1].max().item() * 127  # type: ignore[index]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("wrong", ["neighbour", "head", "one"])
+def test_a_wrong_scale_is_seen(which: int, wrong: str) -> None:
+    """Negative control: the scale of another slot or head, or half as much again for a single slot."""
+    case = build(np.random.default_rng(20), [("decode", 30, 1), ("tree", 20, 40)]).coded()
+    assert case.scales is not None
+    right = case.scales[which]
+    changed = {"neighbour": right.roll(1, 0), "head": right.roll(1, 1), "one": right.clone()}[wrong]
+    if wrong == "one":
+        changed[int(case.segments[0].context_slots[7])] *= 1.5
+    scales = (changed, case.scales[1]) if which == 0 else (case.scales[0], changed)
+    assert worst(replace(case, scales=scales).run(NUMBA), brute_force(case)) > 1e-2
+
+
+def test_int8_planes_come_with_scales_of_their_shape() -> None:
+    case = build(np.random.default_rng(21), [("decode", 20, 1)]).coded()
+    assert case.scales is not None
+    k_scale, v_scale = case.scales
+    for scales in (None, (k_scale[:-1], v_scale), (k_scale, v_scale.double()), (k_scale.t().contiguous().t(), v_scale)):
+        with pytest.raises(ValueError, match="scales"):
+            replace(case, scales=scales).run(NUMBA)
+    plain = build(np.random.default_rng(21), [("decode", 20, 1)])
+    with pytest.raises(ValueError, match="with scales"):
+        replace(plain, scales=case.scales).run(NUMBA)
+
+
 def test_other_planes_go_to_the_reference() -> None:
     case = build(np.random.default_rng(2), [("tree", 40, 9), ("chain", 3, 4)], softcap=2.0)
     assert worst(case.to(dtype=torch.float16).run(NUMBA), brute_force(case)) < 0.01
@@ -53,18 +87,20 @@ def test_long_contexts_are_cut_and_merged(window: int | None, dtype: torch.dtype
     case = build(np.random.default_rng(3), shapes, window=window, sinks=True, dims=(16, 24))
     case = replace(case.to(dtype=dtype), q=case.q)
     assert worst(case.run(NUMBA), brute_force(case)) < 2e-5
+    assert worst(case.coded().run(NUMBA), brute_force(case.coded())) < 5e-4
 
 
 @settings(max_examples=25, deadline=None)
 @given(cases(longest=2300))
 def test_rows_do_not_depend_on_their_batch(case: Case) -> None:
     """A segment alone or among others: the same bits."""
-    together, at = case.run(NUMBA), 0
-    for segment in case.segments:
-        rows = slice(at, at + len(segment.tokens))
-        alone = replace(case, segments=[segment], q=case.q[rows])
-        assert torch.equal(alone.run(NUMBA), together[rows])
-        at = rows.stop
+    for stored in (case, case.coded()):
+        together, at = stored.run(NUMBA), 0
+        for segment in stored.segments:
+            rows = slice(at, at + len(segment.tokens))
+            alone = replace(stored, segments=[segment], q=stored.q[rows])
+            assert torch.equal(alone.run(NUMBA), together[rows])
+            at = rows.stop
 
 
 @pytest.mark.parametrize("window", [None, 200, 700])
@@ -78,12 +114,16 @@ def test_long_chunks(window: int | None, plain: bool) -> None:
     assert worst(case.run(NUMBA), brute_force(case)) < 2e-5
     half = replace(case.to(dtype=torch.bfloat16), q=case.q)
     assert worst(half.run(NUMBA), brute_force(half)) < 2e-5
+    coded = case.coded()
+    assert worst(coded.run(NUMBA), brute_force(coded)) < 5e-4
     lone = replace(case, segments=case.segments[:1], q=case.q[:130])
     assert torch.equal(lone.run(NUMBA), case.run(NUMBA)[:130])
 
 
-def test_threads_do_not_change_a_bit() -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_threads_do_not_change_a_bit(coded: bool) -> None:
     case = build(np.random.default_rng(4), [("decode", 5000, 1), ("chain", 300, 150), ("tree", 900, 33)], heads=(8, 2))
+    case = case.coded() if coded else case
     before = torch.get_num_threads()
     results = []
     try:
@@ -153,8 +193,8 @@ def test_without_a_cache_folder_it_compiles_anyway(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("cannot cache function 'worker': no locator available for file 'kernel.py'")
         return storage
 
-    monkeypatch.setattr("headrace.models.attention.kernel.compile_worker", compile_worker)
-    assert cpu._compiled.__wrapped__("float32") == "float32"
+    monkeypatch.setattr("headrace.models.attention.worker.compile_worker", compile_worker)
+    assert cpu.compiled.__wrapped__("float32") == "float32"
     assert asked == [True, False]
 
 
@@ -176,11 +216,11 @@ def test_works_in_a_spawned_process() -> None:
 
 def test_compiled_code_is_known_by_all_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A kernel kept from before a change in a file it includes is not taken for the present one."""
-    before = kernel._digest()
+    before = worker._digest()
     changed = tmp_path / "tiles.py"
     changed.write_text(Path(str(tiles.__file__)).read_text().replace("BLOCK = 64", "BLOCK = 32"))
     monkeypatch.setattr(tiles, "__file__", str(changed))
-    assert kernel._digest() != before
+    assert worker._digest() != before
 
 
 @pytest.mark.parametrize("wrong", ["rows", "slots", "heads", "dim"])

@@ -43,6 +43,24 @@ def test_half_precision(triton: AttentionBackend, dtype: torch.dtype, limit: flo
     assert worst(rounded.run(triton), brute_force(rounded)) < limit
 
 
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=INTERPRETED)
+@given(case=cases(longest=600))
+def test_int8_planes(triton: AttentionBackend, case: Case) -> None:
+    coded = case.coded()
+    assert worst(coded.to(device=DEVICE).run(triton), brute_force(coded)) < 1e-3
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_wrong_scale_is_seen(triton: AttentionBackend, which: int) -> None:
+    """Negative control: every slot with the scale of another."""
+    case = build(np.random.default_rng(20), [("decode", 30, 1), ("tree", 20, 40)]).coded()
+    assert case.scales is not None
+    scales = [case.scales[0], case.scales[1]]
+    scales[which] = scales[which].roll(1, 0)
+    wrong = replace(case, scales=(scales[0], scales[1]))
+    assert worst(wrong.to(device=DEVICE).run(triton), brute_force(case)) > 1e-2
+
+
 @pytest.mark.parametrize("window", [None, 700])
 def test_long_contexts_are_split_and_merged(triton: AttentionBackend, window: int | None) -> None:
     shapes = [("decode", 1700, 1), ("tree", 1030, 10), ("chain", 1030, 40), ("decode", 512, 1), ("decode", 0, 1)]

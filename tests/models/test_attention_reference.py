@@ -20,6 +20,8 @@ REFERENCE = get_backend("reference", "cpu")
 @given(cases())
 def test_equals_the_definition(case: Case) -> None:
     assert worst(case.run(REFERENCE), brute_force(case)) < 1e-5
+    coded = case.coded()
+    assert worst(coded.run(REFERENCE), brute_force(coded)) < 1e-3
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])

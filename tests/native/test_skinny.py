@@ -62,7 +62,7 @@ def test_product_is_accurate(isa: str, shape: tuple[int, int], storage: str, wit
     weight = _values(*shape, seed=1, exact_bfloat16=storage == "bfloat16")
     bias = _values(shape[0], seed=2) if with_bias else None
     matrix = PackedMatrix(weight, bias, storage)  # type: ignore[arg-type]
-    assert matrix.dtype is getattr(torch, storage)
+    assert matrix.storage == storage
     for rows in ROWS:
         x = _values(rows, shape[1], seed=rows)
         y = matrix.matmul(x)
@@ -123,7 +123,7 @@ def test_storage_is_the_smallest_exact_one() -> None:
     exact, rounded = _values(32, 64, seed=11, exact_bfloat16=True), _values(32, 64, seed=11)
     assert PackedMatrix(exact).nbytes < 0.6 * PackedMatrix(rounded).nbytes
     exact[31, 63] = 1.0 + 2**-20
-    assert PackedMatrix(exact).dtype is torch.float32
+    assert PackedMatrix(exact).storage == "float32"
     with pytest.raises(ValueError, match="not exactly bfloat16"):
         PackedMatrix(rounded, storage="bfloat16")
 

@@ -22,7 +22,10 @@ PACKAGES = ("headrace", "torch", "transformers", "numpy", "numba", "tokenizers")
 
 @dataclass(slots=True)
 class Result:
-    """One benchmark run. ``rows`` are raw measurements; ``claims`` are flat and computed from the rows alone."""
+    """One benchmark run. ``rows`` are raw measurements; ``claims`` are flat and computed from the rows alone.
+
+    ``partial`` is set when the run was interrupted and holds only what was measured until then.
+    """
 
     name: str
     command: str
@@ -31,16 +34,23 @@ class Result:
     load_avg: tuple[float, ...]
     rows: list[dict[str, Any]]
     claims: dict[str, float] = field(default_factory=dict)
+    partial: bool = False
 
     def write(self, path: Path) -> None:
-        """Write as JSON; raises :class:`InvalidRequest` when the folder cannot be written."""
+        """Write as JSON, a row a line; raises :class:`InvalidRequest` when the folder cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            path.write_text(self._text())
         except OSError as error:
             raise InvalidRequest(
                 f"cannot write {path}: {error.strerror}; choose another --json", field="json"
             ) from error
+
+    def _text(self) -> str:
+        fields = asdict(self)
+        rows = ",\n  ".join(json.dumps(row) for row in fields["rows"])
+        whole = json.dumps({**fields, "rows": []}, indent=1)
+        return whole.replace('"rows": []', f'"rows": [\n  {rows}\n ]', 1) + "\n"
 
 
 def new_result(name: str, rows: list[dict[str, Any]], claims: ClaimsOf, load_avg: tuple[float, ...]) -> Result:

@@ -12,7 +12,7 @@ from headrace.core.errors import InvalidRequest
 from headrace.core.request import SLO, Request, SamplingParams
 
 BLOCK = 512
-"""Tokens of a block of ``Arrival.blocks``."""
+"""Tokens of a block of ``Arrival.blocks`` as recorded."""
 
 Lengths = Callable[[np.random.Generator], tuple[int, int]]
 
@@ -25,7 +25,7 @@ class Arrival:
         time_s: seconds since the workload began.
         prompt_tokens, output_tokens: lengths, each at least 1.
         text: the prompt's text where it is known.
-        blocks: ids of the prompt's blocks of :data:`BLOCK` tokens; equal ids are equal tokens.
+        blocks: ids of the prompt's blocks of ``block_tokens`` tokens; equal ids are equal tokens.
         category: what kind of request it is, for reporting.
     """
 
@@ -34,6 +34,7 @@ class Arrival:
     output_tokens: int
     text: str | None = None
     blocks: tuple[int, ...] | None = None
+    block_tokens: int = BLOCK
     slo: SLO = field(default_factory=SLO)
     category: str = ""
     owner: str = ""
@@ -100,6 +101,40 @@ def within_context(arrivals: Iterable[Arrival], context: int) -> list[Arrival]:
     return kept
 
 
+def scaled(arrivals: Sequence[Arrival], context: int, *, most: float = 0.95) -> tuple[list[Arrival], float, float]:
+    """Arrivals whose lengths shrink in proportion until they fit a context; shared blocks shrink alike and stay shared.
+
+    Prompts and outputs shrink by a factor each, so that of each the share ``most`` fits three quarters and one quarter of
+    ``context``; the few that are still too long are cut as :func:`within_context` does. Nothing ever grows.
+
+    Returns:
+        The arrivals, the prompts' factor and the outputs' factor.
+    """
+    if not arrivals:
+        return [], 1.0, 1.0
+    prompts = float(np.quantile([a.prompt_tokens for a in arrivals], most))
+    outputs = float(np.quantile([a.output_tokens for a in arrivals], most))
+    by_prompt, by_output = min(1.0, 0.75 * context / prompts), min(1.0, 0.25 * context / outputs)
+    shrunk = [
+        replace(
+            a,
+            prompt_tokens=max(1, round(a.prompt_tokens * by_prompt)),
+            output_tokens=max(1, round(a.output_tokens * by_output)),
+            block_tokens=max(1, round(a.block_tokens * by_prompt)),
+        )
+        for a in arrivals
+    ]
+    return within_context(shrunk, context), by_prompt, by_output
+
+
+def excerpt(arrivals: Sequence[Arrival], count: int, *, seed: int) -> list[Arrival]:
+    """``count`` consecutive arrivals from a place drawn by ``seed`` (all of them where there are no more); the first comes at 0."""
+    if len(arrivals) > count:
+        start = int(np.random.default_rng((seed, 5)).integers(0, len(arrivals) - count + 1))
+        arrivals = arrivals[start : start + count]
+    return [replace(a, time_s=a.time_s - arrivals[0].time_s) for a in arrivals]
+
+
 def requests(
     arrivals: Iterable[Arrival],
     *,
@@ -146,7 +181,7 @@ def prompt_of(
     if arrival.blocks is not None:
         ids: list[int] = []
         for place, block in enumerate(arrival.blocks):
-            size = min(BLOCK, count - place * BLOCK)
+            size = min(arrival.block_tokens, count - place * arrival.block_tokens)
             if size > 0:
                 # Drawn whole and then cut, so that a part of a block is a prefix of it.
                 ids += _drawn((seed, 1, block), BLOCK, vocab_size)[:size]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from headrace.cli.make_model import make_model
 from headrace.cli.simulate import simulate
 
 bench = typer.Typer(
@@ -15,6 +16,7 @@ bench = typer.Typer(
 )
 
 bench.command()(simulate)
+bench.command("make-model")(make_model)
 
 JsonPath = Annotated[
     Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
@@ -52,11 +54,11 @@ def engine(
 @bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench import engine, simulate
+    from headrace.bench import engine, make_model, simulate
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
-    different = recheck(file, {"engine": engine.claims, "simulate": simulate.claims})
+    different = recheck(file, {"engine": engine.claims, "simulate": simulate.claims, "make-model": make_model.claims})
     if different:
         lines = [f"{name}: stated {old}, the rows give {new}" for name, (old, new) in sorted(different.items())]
         raise InvalidRequest(f"{file}: claims do not follow from the rows: " + "; ".join(lines), field="file")

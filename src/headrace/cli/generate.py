@@ -41,7 +41,9 @@ def generate(
     attention: options.Attention = "auto",
     linears: options.Linears = "auto",
     kv_gib: options.KvGib = None,
+    kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
+    tp: options.Tp = 1,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -67,7 +69,9 @@ def generate(
         attention=attention,
         linears=linears,
         kv_gib=kv_gib,
+        kv_cache_dtype=kv_cache_dtype,
         max_context=max_context,
+        tp=tp,
         threads=threads,
         trust_remote_code=trust_remote_code,
     ) as llm:

@@ -40,8 +40,20 @@ MaxSequences = Annotated[int, _engine("Sequences running at once.")]
 MaxStepTokens = Annotated[int, _engine("Tokens in one step.")]
 MaxQueue = Annotated[int, _engine("Waiting requests above which more are refused.")]
 KvGib = Annotated[float | None, _engine("Memory for K and V in GiB; by default a share of what is free.")]
+KvCacheDtype = Annotated[
+    str, _engine("auto (the model's dtype) or int8, for nearly four times the tokens.", metavar="NAME")
+]
 MaxContext = Annotated[int | None, _engine("Longest prompt plus output in tokens; by default the model's own.")]
 PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
+Tp = Annotated[
+    int,
+    _engine(
+        "Ranks that share every layer: one GPU each, or CPU processes (tensor parallelism).",
+        "--tp",
+        "--tensor-parallel-size",
+        metavar="N",
+    ),
+]
 Threads = Annotated[int | None, _engine("CPU threads; by default OMP_NUM_THREADS, else all cores.")]
 TrustRemoteCode = Annotated[bool, _engine(_CODE, "--trust-remote-code")]
 

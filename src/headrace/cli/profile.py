@@ -34,6 +34,7 @@ def profile(
     max_sequences: options.MaxSequences = 64,
     max_step_tokens: options.MaxStepTokens = 512,
     kv_gib: options.KvGib = None,
+    kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -51,8 +52,9 @@ def profile(
         need_matplotlib()  # a missing package shall not cost a measurement
     console = Console(stderr=True)
     config = EngineConfig.from_options(
-        model=model, dtype=dtype, device=device, attention=attention, linears=linears, kv_gib=kv_gib, max_context=max_context,
-        threads=threads, trust_remote_code=trust_remote_code, max_sequences=max_sequences, max_step_tokens=max_step_tokens,
+        model=model, dtype=dtype, device=device, attention=attention, linears=linears, kv_gib=kv_gib, kv_cache_dtype=kv_cache_dtype,
+        max_context=max_context, threads=threads, trust_remote_code=trust_remote_code, max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
     )  # fmt: skip
     engine = build_engine(config, progress=not as_json)
     measured, unseen = _measured(

@@ -35,8 +35,10 @@ def serve(
     max_step_tokens: options.MaxStepTokens = 512,
     max_queue: options.MaxQueue = 256,
     kv_gib: options.KvGib = None,
+    kv_cache_dtype: options.KvCacheDtype = "auto",
     max_context: options.MaxContext = None,
     prefix_cache: options.PrefixCache = True,
+    tp: options.Tp = 1,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -57,8 +59,10 @@ def serve(
         max_step_tokens=max_step_tokens,
         max_queue=max_queue,
         kv_gib=kv_gib,
+        kv_cache_dtype=kv_cache_dtype,
         max_context=max_context,
         prefix_cache=prefix_cache,
+        tp=tp,
         threads=threads,
         trust_remote_code=trust_remote_code,
     )

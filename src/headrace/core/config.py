@@ -9,6 +9,9 @@ from typing import Any
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
 
+ALIASES = {"tensor_parallel_size": "tp"}
+"""What users of vLLM call our options."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -24,10 +27,12 @@ class EngineConfig:
         policy: a registered policy's name.
         limits: bounds of a step.
         kv_gib: GiB for K and V; None takes a share of the free memory.
+        kv_cache_dtype: "auto" (the model's dtype) or "int8", which holds nearly four times the tokens of float32.
         max_context: longest prompt plus output in tokens; None takes the model's own.
         prefix_cache: share the K and V of equal prefixes between requests.
         max_queue: waiting requests above which new ones are refused.
         trust_remote_code: run Python code that comes with a checkpoint.
+        tp: ranks that share every layer of the model (tensor parallelism): one GPU each, or on the CPU one process each.
         threads: CPU threads for the model; None takes ``OMP_NUM_THREADS`` where it is set, else all cores available to the process.
     """
 
@@ -40,10 +45,12 @@ class EngineConfig:
     policy: str = "chunked"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None
+    kv_cache_dtype: str = "auto"
     max_context: int | None = None
     prefix_cache: bool = True
     max_queue: int = 256
     trust_remote_code: bool = False
+    tp: int = 1
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +58,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InvalidRequest(f"{name} is {value!r}: give a number above 0, or leave it out", field=name)
+        if self.tp < 1:
+            raise InvalidRequest(f"tp is {self.tp}: give at least 1", field="tp")
         if self.max_queue < 1:
             raise InvalidRequest(f"max_queue is {self.max_queue}: give at least 1", field="max_queue")
         for name in ("max_sequences", "max_step_tokens", "max_prefill_tokens"):
@@ -65,13 +74,14 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """A configuration from flat options: the fields of this class and those of its :class:`Limits`.
+        """A configuration from flat options: the fields of this class and those of its :class:`Limits`, and vLLM's names for some.
 
         Raises:
             InvalidRequest: an option does not exist or is out of range.
         """
         of_limits = [f.name for f in fields(Limits)]
         known = [f.name for f in fields(cls) if f.name != "limits"] + of_limits
+        options = {ALIASES.get(name, name): value for name, value in options.items()}
         for name in options:
             if name not in known:
                 raise InvalidRequest(f"no engine option {name!r}; there are {', '.join(known)}", field=name)

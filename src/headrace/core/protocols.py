@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from headrace.core.batch import Batch, StepShape
 from headrace.core.outputs import EngineStats, SequenceDelta
@@ -51,6 +51,14 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> StepResult:
         """Run one step. Raises :class:`headrace.core.errors.OutOfMemory` when it does not fit."""
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """A runner that holds something which outlives its last reference, such as other processes."""
+
+    def close(self) -> None:
+        """Let go of it; the runner cannot run afterwards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import EngineStats, SequenceDelta
 from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
-from headrace.core.protocols import Clock, ModelCard, Profile, Runner
+from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
 from headrace.engine.drafting import Drafting
@@ -142,9 +142,11 @@ class Engine:
         return stats
 
     def close(self) -> None:
-        """Abort everything that is open."""
+        """Abort everything that is open, and let go of what the runner holds beyond this process."""
         for request_id in list(self._requests):
             self.cancel(request_id)
+        if isinstance(self.runner, Closeable):
+            self.runner.close()
 
     def _abort(self, sequence: Sequence) -> None:
         self._finish(sequence, SequenceDelta(sequence.request.id, sequence.index, reason="abort"))

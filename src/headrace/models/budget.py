@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headrace.core.errors import InvalidRequest, OutOfMemory
-from headrace.models.families import kv_shape
+from headrace.models import planes
 
 if TYPE_CHECKING:
     from headrace.models.loaded import LoadedModel
@@ -33,24 +33,24 @@ def check_weights(name: str, parameters: int, dtype: torch.dtype, device: torch.
         )
 
 
-def slot_bytes(model: LoadedModel) -> int:
+def slot_bytes(model: LoadedModel, kv_cache_dtype: str = "auto") -> int:
     """Bytes that one token's K and V take over all layers."""
-    layers, heads, size = kv_shape(model.config)
-    return 2 * layers * heads * size * model.dtype.itemsize
+    return planes.slot_bytes(model.config, model.dtype, kv_cache_dtype)
 
 
-def kv_slots(model: LoadedModel, kv_gib: float | None, max_context: int) -> int:
+def kv_slots(model: LoadedModel, kv_gib: float | None, max_context: int, kv_cache_dtype: str = "auto") -> int:
     """Slots that fit.
 
     Args:
         kv_gib: GiB for K and V; None takes a share of the free memory (a quarter on the CPU and at most 4 GiB there, 85 % on a GPU),
             but always one full context.
         max_context: longest prompt plus output in tokens.
+        kv_cache_dtype: how K and V are kept, see :func:`headrace.models.planes.add_planes`.
 
     Raises:
         InvalidRequest: ``kv_gib`` cannot hold one sequence of ``max_context`` tokens, or no memory can; the message has the numbers.
     """
-    each, free = slot_bytes(model), _free_bytes(model.device)
+    each, free = slot_bytes(model, kv_cache_dtype), _free_bytes(model.device)
     needed = each * max_context
     if kv_gib is not None:
         slots = int(kv_gib * GIB) // each

@@ -16,7 +16,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from headrace.models.pinned import Pinned
 from headrace.native import blocks
 from headrace.native.memory import Arena
-from headrace.native.skinny import PackedMatrix, Storage
+from headrace.native.skinny import QUANTISED, PackedMatrix, Storage
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5
+Rotary = Literal["halves", "interleaved"]
+"""Dimension i is paired with i + T / 2, or 2i with 2i + 1, T being the dimensions that are rotated."""
+
+TOLERANCE, COARSE = 1e-5, 1e-2
 PROBE = "headrace-probe"
 """Name of the attention function that only looks."""
 
@@ -54,21 +57,25 @@ class FusedNorm(Pinned):
 
 
 class FusedMLP(Pinned):
-    """Gated MLP, ``down(activation(gate(x)) * up(x))``: float32[..., h] to the same.
+    """MLP ``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))``: float32[..., h] to the same.
 
     Args:
-        gate_up: the gate's and the up projection's rows, [2 * I, h].
+        gate_up: the gate's and the up projection's rows, [2 * I, h]; the up projection's, [I, h], where there is no gate.
         down: [h, I].
-        activation: of the gate.
+        activation: of the gate, or of what stands alone.
+
+    Attributes:
+        gated: whether there is a gate.
     """
 
     def __init__(self, gate_up: PackedMatrix, down: PackedMatrix, activation: blocks.Activation) -> None:
         super().__init__()
         self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.gated = gate_up.columns != down.depth
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of every row."""
-        inner = blocks.gate(self.gate_up.matmul(x.reshape(-1, x.shape[-1])), self.activation)
+        inner = blocks.gate(self.gate_up.matmul(x.reshape(-1, x.shape[-1])), self.activation, gated=self.gated)
         return self.down.matmul(inner).view(x.shape)
 
 
@@ -84,8 +91,10 @@ class FusedAttention(Pinned):
         out: [h, Hq * D].
         heads: (Hq, Hkv, D).
         norms: of Q and K ahead of rotation, each over heads or over all of them at once; None for none.
-        rotary: whether Q and K are rotated.
+        rotary: how the dimensions of Q and K are paired for rotation, None where they are not rotated.
     """
+
+    layer_idx: int
 
     def __init__(
         self,
@@ -94,7 +103,7 @@ class FusedAttention(Pinned):
         out: PackedMatrix,
         heads: tuple[int, int, int],
         norms: tuple[FusedNorm, FusedNorm] | None,
-        rotary: bool,
+        rotary: Rotary | None,
     ) -> None:
         super().__init__()
         self.__dict__.update({name: value for name, value in vars(original).items() if not name.startswith("_")})
@@ -138,7 +147,7 @@ class FusedAttention(Pinned):
             if angles is None:
                 raise ValueError("position_embeddings are needed: this layer rotates its queries and keys")
             cosines, sines = (part.expand(*hidden.shape[:-1], -1).reshape(packed.shape[0], -1) for part in angles)
-            blocks.rotate_(packed[:, :turned], size, cosines, sines)
+            blocks.rotate_(packed[:, :turned], size, cosines, sines, interleaved=self.rotary == "interleaved")
         heads = packed.view(*hidden.shape[:-1], queries + 2 * keys, size).transpose(1, 2)
         return heads[:, :queries], heads[:, queries : queries + keys], heads[:, queries + keys :]
 
@@ -205,32 +214,31 @@ def _norm(module: nn.Module, pack: _Packer | None = None) -> FusedNorm | None:
     if not _plain(weight) or isinstance(module, nn.LayerNorm):
         return None
     # Rows so small that epsilon matters, ordinary ones and large ones.
-    x = _random(3, weight.shape[0]) * torch.tensor([[1e-3], [1.0], [1e2]])
+    x = random(3, weight.shape[0]) * torch.tensor([[1e-3], [1.0], [1e2]])
     for scale in (weight, 1.0 + weight):
         fused = FusedNorm(scale, epsilon)
-        if _same(_outcome(module, x), fused(x)):
+        if same(outcome(module, x), fused(x)):
             return fused
     return None
 
 
 def _mlp(module: nn.Module, pack: _Packer) -> FusedMLP | None:
-    """A fused form of a gated MLP of the usual names, the gate ahead of the up projection where one linear holds both."""
+    """A fused form of an MLP of the usual names, the gate ahead of the up projection where one linear holds both."""
     children = dict(module.named_children())
     down: Any = children.pop("down_proj", None)
-    first = _take(children, ("gate_proj", "up_proj")) or _take(children, ("gate_up_proj",))
+    names = ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",)
+    first = next((found for some in names if (found := _take(children, some))), [])
     if not first or not _linears(down, *first) or _stateful(module, children):
         return None
-    if (
-        sum(linear.out_features for linear in first) != 2 * down.in_features
-        or len({i.out_features for i in first}) != 1
-    ):
+    wide, inner = [linear.out_features for linear in first], down.in_features
+    if wide not in ([inner, inner], [2 * inner], [inner]):
         return None
     gate_up, below = pack(first), pack([down])
-    inputs = [_random(1, 5, gate_up.depth), 4.0 * _random(2, 1, gate_up.depth)]
-    expected = [_outcome(module, x) for x in inputs]
+    inputs = [random(1, 5, gate_up.depth), 4.0 * random(2, 1, gate_up.depth)]
+    expected = [outcome(module, x) for x in inputs]
     for activation in blocks.ACTIVATIONS:
         fused = FusedMLP(gate_up, below, activation)
-        if all(_same(want, fused(x)) for want, x in zip(expected, inputs, strict=True)):
+        if all(same(want, fused(x)) for want, x in zip(expected, inputs, strict=True)):
             return fused
     return None
 
@@ -254,7 +262,7 @@ def _attention(module: nn.Module, pack: _Packer) -> FusedAttention | None:
         return None
     pair = (fused_norms[0], fused_norms[1]) if norms else None
     qkv, below = pack(inner), pack([out])
-    for rotary in (True, False):
+    for rotary in ("halves", "interleaved", None):
         fused = FusedAttention(module, qkv, below, (queries, keys, size), pair, rotary)  # type: ignore[arg-type]
         if all(_attends_alike(module, fused, config, shape) for shape in ((1, 5), (2, 3))):
             return fused
@@ -263,11 +271,11 @@ def _attention(module: nn.Module, pack: _Packer) -> FusedAttention | None:
 
 def _attends_alike(original: nn.Module, fused: FusedAttention, config: Any, shape: tuple[int, int]) -> bool:
     """Whether both hand the same queries, keys, values and settings to the attention function, and give the same output."""
-    hidden = _random(*shape, fused.qkv.depth)
-    angles = _random(*shape, fused.heads[2])
+    hidden = random(*shape, fused.qkv.depth)
+    angles = random(*shape, fused.heads[2])
     call = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
     with _looking(config) as seen:
-        expected = _outcome(original, hidden, **call)
+        expected = outcome(original, hidden, **call)
         if expected is None or len(seen) != 1:
             return False
         settings = seen[0][1]
@@ -276,7 +284,7 @@ def _attends_alike(original: nn.Module, fused: FusedAttention, config: Any, shap
         fused.settings = settings
         found = fused(hidden, **call)
     (before, _), (after, _) = seen
-    return _same(expected[0], found[0]) and all(_same(a, b) for a, b in zip(before, after, strict=True))
+    return same(expected[0], found[0]) and all(same(a, b) for a, b in zip(before, after, strict=True))
 
 
 @contextlib.contextmanager
@@ -306,7 +314,7 @@ def _equal_settings(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _outcome(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def outcome(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What ``module`` gives, or None where it does not take such a call: then it is not what we took it for."""
     try:
         return module(*args, **kwargs)
@@ -314,14 +322,20 @@ def _outcome(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return None
 
 
-def _same(expected: Any, found: Tensor) -> bool:
+def same(expected: Any, found: Tensor, tolerance: float = TOLERANCE) -> bool:
     """Equal up to rounding, measured against the largest value."""
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return False
-    return bool((expected - found).abs().max() <= TOLERANCE * expected.abs().max())
+    return bool((expected - found).abs().max() <= tolerance * expected.abs().max())
 
 
-def _random(*shape: int) -> Tensor:
+def tolerance(matrix: PackedMatrix) -> float:
+    """What rounding may change in a product with ``matrix``: where rows are quantised, it may move one by a step of 1 / 127."""
+    return COARSE if matrix.storage in QUANTISED else TOLERANCE
+
+
+def random(*shape: int) -> Tensor:
+    """Normally distributed numbers, the same ones for the same shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
 
 
@@ -331,14 +345,15 @@ def _take(children: dict[str, nn.Module], names: tuple[str, ...]) -> list[Any]:
 
 
 def _linears(*modules: Any) -> bool:
-    return all(type(module) is nn.Linear and _plain(module.weight) and not _hooked(module) for module in modules)
+    return all(type(module) is nn.Linear and _plain(module.weight) and not hooked(module) for module in modules)
 
 
 def _plain(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype is torch.float32
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks, which a replacement would not call."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -346,4 +361,4 @@ def _hooked(module: nn.Module) -> bool:
 
 def _stateful(module: nn.Module, others: dict[str, nn.Module]) -> bool:
     """Whether a hook, or a child we make no use of, could matter."""
-    return _hooked(module) or any(True for child in others.values() for _ in child.parameters())
+    return hooked(module) or any(True for child in others.values() for _ in child.parameters())

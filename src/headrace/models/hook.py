@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from headrace.models.planes import write
+
 if TYPE_CHECKING:
     from headrace.models.attention import AttentionBackend, AttentionStep
+    from headrace.models.planes import Scales
 
 NAME = "headrace"
 
@@ -32,6 +35,7 @@ class Step:
         attention: the backend's own view of the batch, prepared once.
         keys, values: per layer, the planes [slots, Hkv, D] that hold K and V.
         write_slots: int64[N], where each token's K and V go.
+        scales: per layer, the scales float32[slots, Hkv] of K and V where the planes are int8, else None.
         calls: attention calls so far, to notice a model that goes around the hook.
     """
 
@@ -40,6 +44,7 @@ class Step:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     write_slots: Tensor
+    scales: Sequence[Scales] | None = None
     calls: int = field(default=0)
 
 
@@ -78,8 +83,9 @@ def attention_forward(
         )
     step, layer = headrace_step, module.layer_idx
     keys, values = step.keys[layer], step.values[layer]
-    keys.index_copy_(0, step.write_slots, key[0].transpose(0, 1))
-    values.index_copy_(0, step.write_slots, value[0].transpose(0, 1))
+    scales = None if step.scales is None else step.scales[layer]
+    for plane, rows, which in ((keys, key, 0), (values, value, 1)):
+        write(plane, step.write_slots, rows[0].transpose(0, 1), None if scales is None else scales[which])
     step.calls += 1
     out = step.backend.attend(
         query[0].transpose(0, 1),
@@ -90,6 +96,7 @@ def attention_forward(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        scales=scales,
     )
     return out.unsqueeze(0), None
 

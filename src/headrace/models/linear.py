@@ -68,7 +68,7 @@ class PackedLinear(Pinned):
         """As ``nn.Linear`` prints, with the storage."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, storage={self.matrix.dtype}"
+            f"bias={self.bias is not None}, storage={self.matrix.storage}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,10 @@ from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
 from headrace.models import budget, checkpoint, families, hub, probe, rope, support
 from headrace.models.loaded import LoadedModel
+from headrace.models.parallel.sharing import Sharing
+
+if TYPE_CHECKING:
+    from headrace.models.parallel.group import Group
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +33,7 @@ def load(
     progress: bool = True,
     revision: str | None = None,
     max_context: int | None = None,
+    group: Group | None = None,
 ) -> LoadedModel:
     """Find, check and load a model.
 
@@ -43,12 +48,13 @@ def load(
         revision: branch, tag or commit on the hub.
         max_context: tokens the model will be used with at most; None for all it was made for. It matters only to models whose rotary
             positions depend on it, see :mod:`headrace.models.rope`.
+        group: the ranks that share the model, joined before; each loads its part (:mod:`headrace.models.parallel`).
 
     Raises:
         ModelNotFound: nothing of that name.
         BrokenCheckpoint: its files are missing, truncated, misshapen or unsafe.
         UnsupportedModel: its architecture does not run here.
-        InvalidRequest: an unknown dtype or device.
+        InvalidRequest: an unknown dtype or device, or a model that ``group`` cannot share evenly.
         OutOfMemory: its weights do not fit the device.
     """
     place = _device(device)
@@ -60,8 +66,11 @@ def load(
     checkpoint.check_tokenizer(path)
     wanted = checkpoint.parameter_shapes(kind, config)
     checkpoint.check_shapes(path, checkpoint.renamed(checkpoint.read_shapes(path), names), wanted)
-    budget.check_weights(name, sum(map(math.prod, wanted.values())), precision, place)
-    with _quiet(progress):
+    shared = None if group is None else Sharing.of(name, kind, config, wanted, group, place)
+    budget.check_weights(
+        name, sum(map(math.prod, wanted.values())) // (shared.parts if shared else 1), precision, place
+    )
+    with _quiet(progress), contextlib.nullcontext() if shared is None else shared.environment():
         module, info = kind.from_pretrained(
             path,
             config=config,
@@ -71,6 +80,7 @@ def load(
             ignore_mismatched_sizes=True,  # reported by check_loaded, with the remedy
             output_loading_info=True,
             **({"key_mapping": names} if names else {}),
+            **(shared.options() if shared else {}),
         )
     checkpoint.check_loaded(path, info)
     module = module.to(place).eval().requires_grad_(False)
@@ -85,6 +95,8 @@ def load(
         dtype=str(precision).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
+    if shared is not None:
+        config = shared.settle(module)
     model = LoadedModel(module, config, path, card, precision, place)
     if families.anatomy(module) is None:
         probe.verify(model)

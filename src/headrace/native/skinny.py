@@ -13,9 +13,15 @@ from headrace.native import build
 from headrace.native.blocks import refuse_gradients
 from headrace.native.memory import Arena
 
-Storage = Literal["auto", "float32", "bfloat16"]
+Storage = Literal["auto", "float32", "bfloat16", "int8"]
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1}
+QUANTISED: tuple[Storage, ...] = ("int8",)
+"""Storages that round the weights."""
+
+MAX_INT8_DEPTH = 1 << 17
+"""Beyond it a sum of products of bytes could leave 32 bits."""
+
+_CODES: dict[Storage, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 class _Matrix(ctypes.Structure):
@@ -43,6 +49,7 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, result, arguments in (
         ("isa", ctypes.c_char_p, ()),
         ("panel", number, ()),
+        ("byte_stride", number, (number,)),
         ("is_bfloat16", threads, (pointer, number, threads)),
         ("pack", None, (pointer, pointer, threads)),
         ("unpack", None, (pointer, pointer, threads)),
@@ -67,12 +74,15 @@ class PackedMatrix:
     Args:
         weight: float32[N, K] on the CPU; copied.
         bias: float32[N] or None; copied.
-        storage: "float32", "bfloat16" (half the bytes, only for values that are exactly bfloat16) or "auto", the smallest exact one.
+        storage: "float32"; "bfloat16", half the bytes, only for values that are exactly bfloat16; "auto", the smallest exact one;
+            "int8", a quarter of the bytes, weights rounded to 127 steps of one scale per output, rows of x to 127 steps of
+            one scale per row, summed exactly. A row of x that holds a NaN or an infinity then gives NaNs.
         arena: where the packed weights go; by default a place of their own.
 
     Raises:
         NativeUnavailable: when the kernels cannot be compiled here.
-        ValueError: for another device or dtype, wrong shapes, or "bfloat16" where it would round.
+        ValueError: for another device or dtype, wrong shapes, "bfloat16" where it would round, or "int8" for weights that
+            are not finite or deeper than MAX_INT8_DEPTH.
     """
 
     def __init__(
@@ -86,23 +96,22 @@ class PackedMatrix:
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"a bias of {weight.shape[0]} values is needed, not {list(bias.shape)}")
         weight, threads = weight.detach().contiguous(), torch.get_num_threads()
-        self.dtype = torch.float32
-        if storage != "float32":
-            if library.headrace_is_bfloat16(weight.data_ptr(), weight.numel(), threads):
-                self.dtype = torch.bfloat16
-            elif storage == "bfloat16":
-                raise ValueError("these weights are not exactly bfloat16: pack them as float32")
+        self.storage = _choose(library, weight, storage, threads)
         self.columns, self.depth = weight.shape
         panel = library.headrace_panel()
         padded = -(-self.columns // panel) * panel
         self._bias = torch.zeros(padded)
         if bias is not None:
             self._bias[: self.columns] = bias.detach()
-        nbytes = padded * self.depth * self.dtype.itemsize
+        self._scales, self._compensation = torch.empty(0), torch.empty(0, dtype=torch.int32)
+        if self.storage == "int8":
+            nbytes = padded * library.headrace_byte_stride(self.depth)
+            self._scales, self._compensation = torch.empty(padded), torch.empty(padded, dtype=torch.int32)
+        else:
+            nbytes = padded * self.depth * (2 if self.storage == "bfloat16" else 4)
         self._panels = (Arena(nbytes) if arena is None else arena).take(nbytes)
-        self._matrix = _Matrix(
-            self._panels.data_ptr(), self._bias.data_ptr(), None, None, self.columns, self.depth, _CODES[self.dtype]
-        )
+        parts = (self._panels, self._bias, self._scales, self._compensation)
+        self._matrix = _Matrix(*(part.data_ptr() for part in parts), self.columns, self.depth, _CODES[self.storage])
         self._address = ctypes.addressof(self._matrix)
         self._matmul = library.headrace_matmul
         library.headrace_pack(self._address, weight.data_ptr(), threads)
@@ -115,10 +124,10 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return self._panels.nbytes + self._bias.nbytes
+        return sum(part.nbytes for part in (self._panels, self._bias, self._scales, self._compensation))
 
     def unpack(self) -> Tensor:
-        """A fresh float32[N, K], bit for bit what was packed."""
+        """A fresh float32[N, K]: bit for bit what was packed, or what it was rounded to."""
         weight = torch.empty(self.columns, self.depth)
         self._library.headrace_unpack(self._address, weight.data_ptr(), torch.get_num_threads())
         return weight
@@ -148,3 +157,22 @@ class PackedMatrix:
         if rows:
             self._matmul(self._address, x.data_ptr(), x.stride(0), rows, y.data_ptr(), torch.get_num_threads())
         return y
+
+
+def _choose(library: ctypes.CDLL, weight: Tensor, storage: Storage, threads: int) -> Storage:
+    """The storage to use; raises ValueError where these weights cannot have it."""
+    if storage in ("auto", "bfloat16"):
+        exact = library.headrace_is_bfloat16(weight.data_ptr(), weight.numel(), threads)
+        if storage == "bfloat16" and not exact:
+            raise ValueError("these weights are not exactly bfloat16: pack them as float32")
+        return "bfloat16" if exact else "float32"
+    if storage not in _CODES:
+        raise ValueError(f"storage is {storage!r}: give one of auto, {', '.join(_CODES)}")
+    if storage == "int8":
+        if weight.shape[1] > MAX_INT8_DEPTH:
+            raise ValueError(
+                f"int8 takes at most {MAX_INT8_DEPTH} inputs, and these weights have {weight.shape[1]}: use float32"
+            )
+        if not bool(weight.isfinite().all()):
+            raise ValueError("int8 takes finite weights, and some are NaN or infinite: pack them as float32")
+    return storage

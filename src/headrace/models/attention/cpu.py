@@ -19,10 +19,10 @@ from headrace.models.attention.tiles import NO_WINDOW, PACKED, scratch_size
 
 # Multiply-adds below which waking other threads costs more than it saves.
 SERIAL = 1 << 18
-STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
-class _Room:
+class Room:
     """A growing array whose address is kept, because asking numpy for one takes longer than a small kernel call."""
 
     def __init__(self, dtype: type) -> None:
@@ -65,7 +65,7 @@ class NumbaStep(AttentionStep):
 
 
 class NumbaAttention(AttentionBackend):
-    """The CPU's fast path for float32 and bfloat16 planes; float16 ones go to the reference.
+    """The CPU's fast path for float32, bfloat16 and int8 planes; float16 ones go to the reference.
 
     An instance keeps its scratch memory between calls, so it belongs to one thread at a time.
     """
@@ -73,13 +73,13 @@ class NumbaAttention(AttentionBackend):
     name: ClassVar[str] = "numba"
 
     def __init__(self) -> None:
-        self._block = np.zeros(31, np.int64)
+        self._block = np.zeros(34, np.int64)
         self._counters = np.zeros(2, np.int64)
         self._numbers = np.zeros(2, np.float32)
         self._fixed = tuple(array.ctypes.data for array in (self._block, self._counters, self._numbers))
-        self._partial = _Room(np.float32)
-        self._done = _Room(np.int64)  # counters that rest at 0
-        self._scratch = _Room(np.float32)
+        self._partial = Room(np.float32)
+        self._done = Room(np.int64)  # counters that rest at 0
+        self._scratch = Room(np.float32)
         self._reference = ReferenceAttention()
 
     @staticmethod
@@ -93,7 +93,7 @@ class NumbaAttention(AttentionBackend):
     def prepare(self, batch: Batch, device: torch.device) -> NumbaStep:
         keys = np.empty(len(batch.context_slots) + len(batch.write_slots), np.int32)
         starts = batch.context_starts, batch.query_starts
-        _compiled("join_keys")(*starts, batch.context_slots, batch.write_slots, keys)
+        compiled("join_keys")(*starts, batch.context_slots, batch.write_slots, keys)
         arrays = batch.positions, *starts[::-1], keys, batch.mask_starts, batch.mask_words
         addresses = tuple(array.ctypes.data for array in arrays)
         if len(keys) and keys.min() < 0:
@@ -111,29 +111,39 @@ class NumbaAttention(AttentionBackend):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         storage = STORAGE.get(k_plane.dtype)
         if storage is None or not (k_plane.is_contiguous() and v_plane.is_contiguous()):
             if step.fallback is None:
                 step.fallback = self._reference.prepare(step.batch, step.device)
             return self._reference.attend(
-                q, k_plane, v_plane, step.fallback, scale=scale, window=window, softcap=softcap, sinks=sinks
+                q,
+                k_plane,
+                v_plane,
+                step.fallback,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                scales=scales,
             )
         _check(q, k_plane, v_plane, step)
+        _check_scales(k_plane, scales)
         heads = k_plane.shape[1]
         queries = q.detach().to(torch.float32).contiguous()
         extra = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
         out = torch.empty(q.shape[0], q.shape[1], v_plane.shape[2])
-        cut = _cut(step, q.shape[1] // heads, window, plain=softcap is None and sinks is None)
+        cut = cut_of(step, q.shape[1] // heads, window, plain=softcap is None and sinks is None)
         work = cut.pairs * q.shape[1] * q.shape[2]
         threads = 1 if work < SERIAL else min(torch.get_num_threads(), len(cut.tiles) * heads)
         self._numbers[0], self._numbers[1] = scale, softcap or 0.0
         self._counters.fill(0)
-        self._fill(queries, k_plane, v_plane, out, extra, step, cut, threads)
+        self._fill(queries, k_plane, v_plane, scales, out, extra, step, cut, threads)
         if len(cut.tiles):
-            team.run(_compiled(storage).address, self._fixed[0], threads=threads)
+            team.run(compiled(storage).address, self._fixed[0], threads=threads)
         for chunk in cut.chunks:
-            dense.attend(queries, k_plane, v_plane, out, chunk, scale)
+            dense.attend(queries, k_plane, v_plane, out, chunk, scale, scales)
         return out if out.dtype == q.dtype else out.to(q.dtype)
 
     def _fill(
@@ -141,13 +151,14 @@ class NumbaAttention(AttentionBackend):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        scales: tuple[torch.Tensor, torch.Tensor] | None,
         out: torch.Tensor,
         sinks: torch.Tensor | None,
         step: NumbaStep,
         cut: _Cut,
         threads: int,
     ) -> None:
-        """Write the worker's argument block; its layout stands in ``kernel``."""
+        """Write the worker's argument block; its layout stands in ``worker``."""
         (slots, heads, dim), wide = k.shape, v.shape[2]
         packed = max(PACKED, q.shape[1] // heads)
         self._block[:] = (
@@ -177,6 +188,7 @@ class NumbaAttention(AttentionBackend):
             packed,
             cut.window,
             self._scratch.hold(threads * scratch_size(q.shape[1] // heads, dim, wide)),
+            *((0, 0, 0) if scales is None else (scales[0].data_ptr(), scales[1].data_ptr(), slots)),
         )
 
 
@@ -190,7 +202,16 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: NumbaStep) -
         )
 
 
-def _cut(step: NumbaStep, group: int, window: int | None, *, plain: bool) -> _Cut:
+def _check_scales(k: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """Raise ValueError unless int8 planes, and they alone, come with a float32 scale for every slot and head."""
+    if (k.dtype is torch.int8) is not (scales is not None):
+        raise ValueError(f"{k.dtype} planes {'without' if scales is None else 'with'} scales")
+    for scale in scales or ():
+        if scale.shape != k.shape[:2] or scale.dtype is not torch.float32 or not scale.is_contiguous():
+            raise ValueError(f"scales are float32{list(k.shape[:2])}, not {scale.dtype} {list(scale.shape)}")
+
+
+def cut_of(step: NumbaStep, group: int, window: int | None, *, plain: bool) -> _Cut:
     """The work for a head group and window, tiles largest first so that threads finish together.
 
     Only ``plain`` attention, without soft cap and sinks, can leave chunks to torch.
@@ -201,7 +222,7 @@ def _cut(step: NumbaStep, group: int, window: int | None, *, plain: bool) -> _Cu
         batch, width = step.batch, NO_WINDOW if window is None else window
         skip = dense.is_dense(batch, window) & plain
         starts = batch.query_starts, batch.context_starts, batch.mask_starts
-        made = _compiled("plan")(*starts, batch.positions, group, width, skip)
+        made = compiled("plan")(*starts, batch.positions, group, width, skip)
         pairs = (made[:, 2] - made[:, 1]).astype(np.int64) * (made[:, 4] - made[:, 3])
         made = np.ascontiguousarray(made[np.argsort(-pairs, kind="stable")])
         parts = int((made[:, 6] > 1).sum())
@@ -211,14 +232,14 @@ def _cut(step: NumbaStep, group: int, window: int | None, *, plain: bool) -> _Cu
 
 
 @functools.cache
-def _compiled(name: str) -> Any:
-    """A compiled function: "plan" and "join_keys" of ``tiles``, or the worker for "float32" or "bfloat16" planes.
+def compiled(name: str) -> Any:
+    """A compiled function: "plan" and "join_keys" of ``tiles``, or the worker for "float32", "bfloat16" or "int8" planes.
 
     The code is kept beside the source, else in the user's cache folder, by numba; where neither can be written it is compiled anew.
     """
     import numba
 
-    from headrace.models.attention.kernel import compile_worker
+    from headrace.models.attention.worker import compile_worker
 
     def build(cache: bool) -> Any:
         if name in STORAGE.values():

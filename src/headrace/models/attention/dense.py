@@ -57,10 +57,19 @@ def chunks(batch: Batch, dense: NDArray[np.bool_], window: int | None) -> list[C
     return made
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, chunk: Chunk, scale: float) -> None:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    chunk: Chunk,
+    scale: float,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
     """Fill the chunk's rows of ``out`` [N, Hq, Dv]; q [N, Hq, D] is float32."""
     group = q.shape[1] // k.shape[1]
     rows = q[chunk.rows].transpose(0, 1)
-    keys, values = gathered(k, chunk.slots, group), gathered(v, chunk.slots, group)
+    k_scale, v_scale = scales or (None, None)
+    keys, values = gathered(k, chunk.slots, group, k_scale), gathered(v, chunk.slots, group, v_scale)
     result = scaled_dot_product_attention(rows[None], keys[None], values[None], chunk.mask, scale=scale)[0]
     out[chunk.rows] = result.transpose(0, 1)

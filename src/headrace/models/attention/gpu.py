@@ -58,6 +58,7 @@ class TritonAttention(AttentionBackend):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         from headrace.models.attention import gpu_kernel
 
@@ -74,6 +75,7 @@ class TritonAttention(AttentionBackend):
                 v_plane,
                 out,
                 sinks,
+                scales,
                 step,
                 launch,
                 heads=heads,

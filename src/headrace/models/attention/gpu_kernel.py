@@ -35,9 +35,9 @@ def _dot(a, b, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _block(
-    queries, k, v, slot, valid, seen, head, scale, softcap, top, total, sums,
-    k_slot, k_head, v_slot, v_head, DIM: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
+    queries, k, v, k_scales, v_scales, slot, valid, seen, head, scale, softcap, top, total, sums,
+    k_slot, k_head, v_slot, v_head, HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr, CAPPED: tl.constexpr, CODED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: scores, running maximum, weights, values."""
     d = tl.arange(0, BLOCK_D)
@@ -46,6 +46,8 @@ def _block(
         k + slot[None, :] * k_slot + head * k_head + d[:, None], mask=valid[None, :] & (d < DIM)[:, None], other=0.0
     )
     scores = _dot(queries, keys.to(queries.dtype), INTERPRETED) * scale
+    if CODED:
+        scores *= tl.load(k_scales + slot * HEADS + head, mask=valid, other=0.0)[None, :]
     if CAPPED:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     scores = tl.where(seen, scores, _MASKED)
@@ -56,16 +58,18 @@ def _block(
         v + slot[:, None] * v_slot + head * v_head + w[None, :], mask=valid[:, None] & (w < WIDE)[None, :], other=0.0
     )
     total = total * factor + tl.sum(weights, 1)
+    if CODED:
+        weights *= tl.load(v_scales + slot * HEADS + head, mask=valid, other=0.0)[None, :]
     sums = sums * factor[:, None] + _dot(weights.to(queries.dtype), values.to(queries.dtype), INTERPRETED)
     return high, total, sums
 
 
 @triton.jit
 def _parts(
-    q, k, v, out, sinks, positions, writes, slots, words, tasks, sums_room, stats_room, scale, softcap, window,
+    q, k, v, k_scales, v_scales, out, sinks, positions, writes, slots, words, tasks, sums_room, stats_room, scale, softcap, window,
     k_slot, k_head, v_slot, v_head, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, SINKS: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAPPED: tl.constexpr, CODED: tl.constexpr, SINKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tasks, K/V heads)."""
     task = tasks + tl.program_id(0) * _TASK
@@ -95,8 +99,8 @@ def _parts(
         slot = tl.load(slots + base + at, mask=valid, other=0).to(tl.int64)
         seen = valid[None, :] & (here[:, None] - at[None, :] < window)
         top, total, sums = _block(
-            queries, k, v, slot, valid, seen, head, scale, softcap, top, total, sums,
-            k_slot, k_head, v_slot, v_head, DIM, WIDE, BLOCK_D, BLOCK_W, CAPPED, INTERPRETED,
+            queries, k, v, k_scales, v_scales, slot, valid, seen, head, scale, softcap, top, total, sums,
+            k_slot, k_head, v_slot, v_head, HEADS, DIM, WIDE, BLOCK_D, BLOCK_W, CAPPED, CODED, INTERPRETED,
         )  # fmt: skip
     for own in range(own0, own1, BLOCK_N):
         at = own + n
@@ -115,8 +119,8 @@ def _parts(
             )
             seen = seen & (((word >> (number[None, :] % 32)) & 1) == 1)
         top, total, sums = _block(
-            queries, k, v, slot, valid, seen, head, scale, softcap, top, total, sums,
-            k_slot, k_head, v_slot, v_head, DIM, WIDE, BLOCK_D, BLOCK_W, CAPPED, INTERPRETED,
+            queries, k, v, k_scales, v_scales, slot, valid, seen, head, scale, softcap, top, total, sums,
+            k_slot, k_head, v_slot, v_head, HEADS, DIM, WIDE, BLOCK_D, BLOCK_W, CAPPED, CODED, INTERPRETED,
         )  # fmt: skip
     if room < 0:
         _store(out, sinks, row, query_head, live, top, total, sums, HEADS * GROUP, WIDE, BLOCK_W, SINKS)
@@ -180,6 +184,7 @@ def run(
     v: torch.Tensor,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
     step: TritonStep,
     launch: Launch,
     *,
@@ -197,11 +202,12 @@ def run(
     sums_room = q.new_empty((launch.parts, heads, block, dims["BLOCK_W"]), dtype=torch.float32)
     stats_room = q.new_empty((launch.parts, heads, 2, block), dtype=torch.float32)
     extra = q if sinks is None else sinks.contiguous()
+    k_scales, v_scales = scales or (q, q)  # unread without scales
     _parts[(len(launch.tasks), heads)](
-        q, k, v, out, extra, step.positions, step.writes, step.slots, step.words, launch.tasks, sums_room, stats_room,
-        scale, softcap or 0.0, window, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, v, k_scales, v_scales, out, extra, step.positions, step.writes, step.slots, step.words, launch.tasks, sums_room,
+        stats_room, scale, softcap or 0.0, window, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         DIM=dims["DIM"], BLOCK_D=dims["BLOCK_D"], BLOCK_N=64 if dims["BLOCK_D"] <= 128 else 32,
-        CAPPED=softcap is not None, INTERPRETED=not q.is_cuda, **shared,
+        CAPPED=softcap is not None, CODED=scales is not None, INTERPRETED=not q.is_cuda, **shared,
     )  # fmt: skip
     if len(launch.merges):
         _merge[(len(launch.merges), heads)](out, extra, launch.merges, sums_room, stats_room, **shared)

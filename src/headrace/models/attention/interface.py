@@ -10,6 +10,7 @@ The semantics, for row i of a segment with c context slots and query position p_
 * scores are ``scale * q . k``, then ``softcap * tanh(score / softcap)``, then the mask;
 * a sink adds ``exp(sink)`` of its head to the softmax's denominator and nothing to the numerator;
 * query head h reads K and V head ``h // (Hq // Hkv)``;
+* K and V of int8 planes are the codes times the scale of their slot and K/V head;
 * sums are kept in float32 whatever the planes hold.
 """
 
@@ -62,11 +63,12 @@ class AttentionBackend(ABC):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
-            q: [N, Hq, D] queries, positions already rotated in, of the planes' dtype or float32.
+            q: [N, Hq, D] queries, positions already rotated in, of the planes' dtype or float32 (any, over int8 planes).
             k_plane: [slots, Hkv, D]; the own rows' keys are in place.
             v_plane: [slots, Hkv, Dv].
             step: what :meth:`prepare` gave for this batch.
@@ -74,6 +76,7 @@ class AttentionBackend(ABC):
             window: keys a row sees at most, itself included; None for all.
             softcap: bound of the scores; None for none.
             sinks: [Hq] logits added to the softmax's denominator; None for none.
+            scales: float32[slots, Hkv] of K and of V when the planes are int8; None when they are not.
 
         Returns:
             [N, Hq, Dv] of q's dtype.

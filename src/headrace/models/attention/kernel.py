@@ -5,6 +5,9 @@ read once for all of them (``tiles.py`` cuts them). Keys come in blocks of ``BLO
 tile with many keys may come in several parts, so that one decode row over a long context keeps several threads busy; whoever
 finishes the last part merges them in order. No result depends on which thread does what.
 
+Int8 codes become floats as they are read; the scales of K multiply scores and those of V weights, once per key instead of once
+per element.
+
 All float arithmetic is float32. Masked scores are ``MASKED``, not minus infinity, so that fast-math rules hold.
 """
 
@@ -13,14 +16,11 @@ All float arithmetic is float32. Masked scores are ``MASKED``, not minus infinit
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
-from headrace.models.attention import numerics, tiles
 from headrace.models.attention.numerics import (
     ONE,
     TWO,
@@ -29,8 +29,6 @@ from headrace.models.attention.numerics import (
     exp,
     fetch_add,
     floats_at,
-    halves_at,
-    ints_at,
     longs_at,
 )
 from headrace.models.attention.tiles import BLOCK, PACKED, scratch_size
@@ -166,6 +164,15 @@ def _soften(scores: Any, packed: int, count: int, top: Any, total: Any, sums: An
         total[m] += total_now
 
 
+@njit(fastmath=True)
+def _scale(scores: Any, packed: int, scales: Any, head: int, at: Any, count: int) -> None:
+    """Multiply the columns of a block by their keys' scales, in place."""
+    for t in range(count):
+        factor = scales[at[t], head]
+        for m in range(packed):
+            scores[m, t] *= factor
+
+
 @njit
 def _hide(
     scores: Any,
@@ -209,8 +216,8 @@ def _load(q: Any, head: int, group: int, first: int, last: int, scale: Any, pack
 
 @njit
 def _part(
-    tile: Any, head: int, group: int, k: Any, v: Any, at_of: Any, held: int, start: int, positions: Any, words: Any,
-    window: int, softcap: Any, q: Any, scores: Any, turned: Any, copied: Any, top: Any, total: Any, sums: Any,
+    tile: Any, head: int, group: int, k: Any, v: Any, k_scales: Any, v_scales: Any, at_of: Any, held: int, start: int, positions: Any,
+    words: Any, window: int, softcap: Any, q: Any, scores: Any, turned: Any, copied: Any, top: Any, total: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Maximum, weight and weighted values of one part of a tile, left in ``top``, ``total`` and ``sums``."""
     first, last, key0, key1 = tile[1], tile[2], tile[3], tile[4]
@@ -229,6 +236,8 @@ def _part(
             _scores_few(q, packed, k, head, at, count, scores)
         else:
             _scores_many(q, packed, k, head, at, count, turned, scores)
+        if len(k_scales):
+            _scale(scores, packed, k_scales, head, at, count)
         if softcap > ZERO:
             _cap(scores, packed, count, softcap)
         newest = key + count - held  # own rows before this one are in the block or older
@@ -236,14 +245,12 @@ def _part(
         if hidden or here - key >= window:
             _hide(scores, group, first, last, key, count, held, start, positions, words, window)
         _soften(scores, packed, count, top, total, sums)
+        if len(v_scales):
+            _scale(scores, packed, v_scales, head, at, count)
         if packed <= FEW:
             _values_few(scores, packed, v, head, at, count, sums)
         else:
             _values_many(scores, packed, v, head, at, count, copied, sums)
-
-
-"""
-"""
 
 
 @njit(fastmath=True)
@@ -291,9 +298,10 @@ def _store(out: Any, head: int, group: int, first: int, last: int, sinks: Any, t
 
 
 @njit
-def _work(
-    counter: Any, members: int, scratch: int, q: Any, k: Any, v: Any, out: Any, sinks: Any, positions: Any, queries: Any, contexts: Any,
-    keys: Any, masks: Any, words: Any, tiles: Any, partial: Any, done: Any, window: int, scale: Any, softcap: Any,
+def work(
+    counter: Any, members: int, scratch: int, q: Any, k: Any, v: Any, k_scales: Any, v_scales: Any, out: Any, sinks: Any,
+    positions: Any, queries: Any, contexts: Any, keys: Any, masks: Any, words: Any, tiles: Any, partial: Any, done: Any,
+    window: int, scale: Any, softcap: Any,
 ) -> None:  # fmt: skip
     """Do tasks (tile part, K/V head) until ``counter`` has run through them all."""
     heads = k.shape[1]
@@ -316,8 +324,8 @@ def _work(
         packed = (last - first) * group
         _load(q, head, group, first, last, scale, packed_q)
         _part(
-            tile, head, group, k, v, keys[contexts[s] + start : contexts[s + 1] + stop], held, start, positions[start:stop],
-            words[masks[s] : masks[s + 1]], window, softcap, packed_q, scores, turned, copied, top, total, sums,
+            tile, head, group, k, v, k_scales, v_scales, keys[contexts[s] + start : contexts[s + 1] + stop], held, start,
+            positions[start:stop], words[masks[s] : masks[s + 1]], window, softcap, packed_q, scores, turned, copied, top, total, sums,
         )  # fmt: skip
         if parts > 1:
             _keep(partial, head, room + part, packed, top, total, sums)
@@ -326,71 +334,3 @@ def _work(
             done[head, room] = 0
             _merge(partial, head, room, parts, packed, top, total, sums)
         _store(out, head, group, first, last, sinks, top, total, sums)
-
-
-# The argument block of a worker holds int64, addresses first:
-#   0 counter of tasks, behind it the counter of threads   1 q   2 k   3 v   4 out   5 sinks   6 positions   7 query_starts
-#   8 context_starts   9 keys   10 mask_starts   11 mask_words   12 tiles   13 partial   14 done   15 scale and soft cap (0: none)
-# and then numbers:
-#   16 rows   17 query heads   18 slots   19 heads   20 dim   21 value dim   22 segments   23 keys   24 sinks   25 mask words
-#   26 tiles   27 parts   28 packed queries of a part   29 window   30 address of the scratch memory
-FIELDS = 31
-
-
-@njit
-def _start(a: Any, k: Any, v: Any) -> None:
-    """Wrap the arrays of argument block ``a`` and work."""
-    numbers = carray(floats_at(a[15]), 2)
-    rows, query_heads, heads, dim, value_dim, segments = a[16], a[17], a[19], a[20], a[21], a[22]
-    _work(
-        longs_at(a[0]),
-        a[0] + 8,
-        a[30],
-        carray(floats_at(a[1]), (rows, query_heads, dim)),
-        k,
-        v,
-        carray(floats_at(a[4]), (rows, query_heads, value_dim)),
-        carray(floats_at(a[5]), a[24]),
-        carray(ints_at(a[6]), rows),
-        carray(ints_at(a[7]), segments + 1),
-        carray(ints_at(a[8]), segments + 1),
-        carray(ints_at(a[9]), a[23]),
-        carray(ints_at(a[10]), segments + 1),
-        carray(ints_at(a[11]), a[25]),
-        carray(ints_at(a[12]), (a[26], 8)),
-        carray(floats_at(a[13]), (heads, a[27], a[28], value_dim + 2)),
-        carray(longs_at(a[14]), (heads, a[27])),
-        a[29],
-        numbers[0],
-        numbers[1],
-    )
-
-
-_BLOCK_POINTER = types.void(types.CPointer(types.int64))
-
-
-def compile_worker(storage: str, *, cache: bool) -> Any:
-    """The worker for planes of "float32" or "bfloat16": a C function of a pointer to an argument block, at ``.address``."""
-    # Numba's cache knows a function by its own file and by what it encloses; the other files come in as the latter.
-    sources = _digest()
-    if storage == "float32":
-
-        def worker(block: Any) -> None:
-            _ = sources
-            a = carray(block, FIELDS)
-            _start(a, carray(floats_at(a[2]), (a[18], a[19], a[20])), carray(floats_at(a[3]), (a[18], a[19], a[21])))
-
-    else:
-
-        def worker(block: Any) -> None:
-            _ = sources
-            a = carray(block, FIELDS)
-            _start(a, carray(halves_at(a[2]), (a[18], a[19], a[20])), carray(halves_at(a[3]), (a[18], a[19], a[21])))
-
-    return cfunc(_BLOCK_POINTER, cache=cache)(worker)
-
-
-def _digest() -> int:
-    """A number that changes with the files this one is compiled from."""
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (numerics, tiles))
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")

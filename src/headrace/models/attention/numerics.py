@@ -23,16 +23,18 @@ _EXP = tuple(
 
 @intrinsic
 def as_float(typingctx: Any, value: Any) -> Any:
-    """float32 of a stored element: itself, or a bfloat16 given by its bits (uint16)."""
-    stored = isinstance(value, types.Integer)
+    """float32 of a stored element: itself, an int8 code, or a bfloat16 given by its bits (uint16)."""
+    stored = value if isinstance(value, types.Integer) else types.float32
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if not stored:
+        if stored == types.float32:
             return args[0]
+        if stored == types.int8:
+            return builder.sitofp(args[0], ir.FloatType())
         word = ir.IntType(32)
         return builder.bitcast(builder.shl(builder.zext(args[0], word), ir.Constant(word, 16)), ir.FloatType())
 
-    return types.float32(types.uint16 if stored else types.float32), generate
+    return types.float32(stored), generate
 
 
 @intrinsic
@@ -70,8 +72,8 @@ def _pointer_of(element: Any) -> Any:
     return pointer
 
 
-floats_at, halves_at, ints_at, longs_at = (
-    _pointer_of(t) for t in (types.float32, types.uint16, types.int32, types.int64)
+floats_at, halves_at, codes_at, ints_at, longs_at = (
+    _pointer_of(t) for t in (types.float32, types.uint16, types.int8, types.int32, types.int64)
 )
 
 

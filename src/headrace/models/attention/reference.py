@@ -64,13 +64,15 @@ class ReferenceAttention(AttentionBackend):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         out = q.new_empty(q.shape[0], q.shape[1], v_plane.shape[2])
         group = q.shape[1] // k_plane.shape[1]
+        k_scale, v_scale = scales or (None, None)
         for piece, mask in zip(step.pieces, step.masks_for(window), strict=True):
             rows = q[piece.rows].transpose(0, 1).float()
-            keys = gathered(k_plane, piece.slots, group)
-            values = gathered(v_plane, piece.slots, group)
+            keys = gathered(k_plane, piece.slots, group, k_scale)
+            values = gathered(v_plane, piece.slots, group, v_scale)
             if softcap is None and sinks is None:
                 result = scaled_dot_product_attention(rows[None], keys[None], values[None], mask, scale=scale)[0]
             else:
@@ -104,9 +106,12 @@ def piece_of(batch: Batch, s: int, device: torch.device) -> Piece:
     )
 
 
-def gathered(plane: torch.Tensor, slots: torch.Tensor, group: int) -> torch.Tensor:
+def gathered(plane: torch.Tensor, slots: torch.Tensor, group: int, scales: torch.Tensor | None = None) -> torch.Tensor:
     """[Hq, keys, D] float32 of the given slots, each K/V head repeated for its group of query heads."""
-    return plane.index_select(0, slots).transpose(0, 1).float().repeat_interleave(group, 0)
+    rows = plane.index_select(0, slots).float()
+    if scales is not None:
+        rows *= scales.index_select(0, slots).unsqueeze(-1)
+    return rows.transpose(0, 1).repeat_interleave(group, 0)
 
 
 def _explicit(

@@ -2,6 +2,7 @@
 #include "product.h"
 
 #include <cstring>
+#include <memory>
 
 #include "storages.h"
 
@@ -14,8 +15,22 @@ namespace headrace {
 void product_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize rank, isize size) {
   const isize count = panel_count(matrix.columns);
   const isize from = count * rank / size, to = count * (rank + 1) / size;
-  float_share(matrix, operand, rows, y, stride, from, to);
+  if (matrix.storage == INT8)
+    int8_share(matrix, operand, rows, y, stride, from, to);
+  else
+    float_share(matrix, operand, rows, y, stride, from, to);
 }
+
+namespace {
+
+// Bytes at the start of a cache line, freed with the object.
+struct Scratch {
+  explicit Scratch(std::size_t count) : memory(new std::uint8_t[count + 63]) {}
+  std::uint8_t* get() const { return memory.get() + (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64; }
+  std::unique_ptr<std::uint8_t[]> memory;
+};
+
+}  // namespace
 
 }  // namespace headrace
 
@@ -41,16 +56,39 @@ int headrace_is_bfloat16(const float* values, std::int64_t count, int threads) {
 }
 
 // weight: float[columns, depth], contiguous.
-void headrace_pack(const Matrix* matrix, const float* weight, int threads) { float_pack(*matrix, weight, threads); }
+void headrace_pack(const Matrix* matrix, const float* weight, int threads) {
+  (matrix->storage == INT8 ? int8_pack : float_pack)(*matrix, weight, threads);
+}
 
-void headrace_unpack(const Matrix* matrix, float* weight, int threads) { float_unpack(*matrix, weight, threads); }
+void headrace_unpack(const Matrix* matrix, float* weight, int threads) {
+  (matrix->storage == INT8 ? int8_unpack : float_unpack)(*matrix, weight, threads);
+}
+
+std::int64_t headrace_byte_stride(std::int64_t depth) { return byte_stride(depth); }
+
+// bytes: [rows, byte_stride(depth)]; scales: [rows].
+void headrace_quantise(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t depth, std::uint8_t* bytes,
+                       float* scales) {
+  for (std::int64_t row = 0; row < rows; ++row)
+    quantise_row(x + row * stride, depth, bytes + row * byte_stride(depth), scales + row);
+}
 
 // y[rows, columns] = x[rows, depth] @ W^T + bias. Rows of x are `stride` floats apart, those of y contiguous.
 void headrace_matmul(const Matrix* matrix, const float* x, std::int64_t stride, std::int64_t rows, float* y, int threads) {
-  const Operand operand{x, stride, nullptr, nullptr};
+  const isize row_bytes = quantises(*matrix) ? byte_stride(matrix->depth) : 0;
+  const Scratch bytes(rows * row_bytes), scales(row_bytes ? rows * sizeof(float) : 0);
+  float* row_scales = reinterpret_cast<float*>(scales.get());
+  const Operand operand{x, stride, bytes.get(), row_scales};
   // The team always has `threads` members: libgomp ends and restarts its threads when the size of a team changes.
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  product_share(*matrix, operand, rows, y, matrix->columns, omp_get_thread_num(), omp_get_num_threads());
+  {
+    if (row_bytes) {
+#pragma omp for
+      for (isize row = 0; row < rows; ++row)
+        quantise_row(x + row * stride, matrix->depth, bytes.get() + row * row_bytes, row_scales + row);
+    }
+    product_share(*matrix, operand, rows, y, matrix->columns, omp_get_thread_num(), omp_get_num_threads());
+  }
 }
 
 }  // extern "C"

@@ -23,13 +23,14 @@ constexpr int PANEL = TILE_VECS * LANES;
 enum Storage : std::int64_t {
   FLOAT32 = 0,
   BFLOAT16 = 1,  // values that are exactly bf16, widened in registers
+  INT8 = 2,      // one scale per column, products in integers
 };
 
 // A packed matrix as its owner describes it: the struct of the same name in skinny.py.
 struct Matrix {
   void* panels;                // panel_count(columns) panels, laid out as the storage wants
   const float* bias;           // [panel_count(columns) * PANEL], zeros where there is none
-  float* scales;               // quantised storages: see there; else null
+  float* scales;               // int8: [panel_count(columns) * PANEL]; else null
   std::int32_t* compensation;  // int8: [panel_count(columns) * PANEL]; else null
   std::int64_t columns;        // N
   std::int64_t depth;          // K
@@ -47,7 +48,7 @@ struct Operand {
 };
 
 // Whether products with this matrix want bytes.
-inline bool quantises(const Matrix&) { return false; }
+inline bool quantises(const Matrix& matrix) { return matrix.storage == INT8; }
 
 // Bytes from one quantised row to the next: K rounded up to a multiple of 64. Rows start at multiples of 64 for speed.
 inline isize byte_stride(isize depth) { return (depth + 63) / 64 * 64; }

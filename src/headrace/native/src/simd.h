@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -15,7 +15,7 @@
 
 namespace headrace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 
 using vec = __m512;
 constexpr int LANES = 16;
@@ -27,6 +27,7 @@ inline vec broadcast(float value) { return _mm512_set1_ps(value); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
 inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec multiply(vec a, vec b) { return _mm512_mul_ps(a, b); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 // 2 * LANES bf16 values, vector `low` in the low halves of the 32-bit words and `high` in the high ones.
@@ -48,6 +49,7 @@ inline vec broadcast(float value) { return _mm256_set1_ps(value); }
 inline vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
 inline vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+inline vec multiply(vec a, vec b) { return _mm256_mul_ps(a, b); }
 inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline void load_pair(const std::uint16_t* p, vec& low, vec& high) {
@@ -77,6 +79,7 @@ inline vec load(const float* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline vec add(vec a, vec b) { return a + b; }
+inline vec multiply(vec a, vec b) { return a * b; }
 inline vec fma(vec a, vec b, vec c) { return a * b + c; }
 
 inline void load_pair(const std::uint16_t* p, vec& low, vec& high) {

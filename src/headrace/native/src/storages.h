@@ -12,4 +12,8 @@ void float_share(const Matrix& matrix, const Operand& operand, isize rows, float
 void float_pack(const Matrix& matrix, const float* weight, int threads);
 void float_unpack(const Matrix& matrix, float* weight, int threads);
 
+void int8_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize from, isize to);
+void int8_pack(const Matrix& matrix, const float* weight, int threads);
+void int8_unpack(const Matrix& matrix, float* weight, int threads);
+
 }  // namespace headrace
