@@ -169,8 +169,8 @@ class DraftCosts(Protocol):
 class Calibration(Protocol):
     """How likely drafts are to be what the model says; learnt while they are verified."""
 
-    def rate(self, sequence: int, source: str) -> float:
-        """Expected probability that a draft token is accepted once its parent is, before there is a draft."""
+    def survival(self, sequences: Sequence[int], source: str, depth: int) -> Floats:
+        """float64[depth, S]: chances that chains of ``source`` are accepted to each depth (1 first), before there is a draft."""
 
     def calibrated(self, sequence: int, tree: DraftTree) -> DraftTree:
         """``tree`` with probabilities that are true on average."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,7 +23,13 @@ _EDGE = 0.005
 
 @dataclass(slots=True)
 class _Source:
-    """Posterior of slope and bias: means, and the covariance (variances of both and what they share)."""
+    """What is known of a source.
+
+    Attributes:
+        slope, bias, var_slope, var_bias, cov: posterior of the regression: means, variances and what they share.
+        rate: mean acceptance of first choices once their parents are.
+        curve: mean chance of the best node of each layer.
+    """
 
     slope: float = 1.0
     bias: float = 0.0
@@ -31,6 +37,14 @@ class _Source:
     var_bias: float = 0.5
     cov: float = 0.0
     rate: float = 0.7
+    curve: Floats = field(default_factory=lambda: 0.7 ** np.arange(1.0, 5.0))
+
+    def see(self, paths: Floats) -> None:
+        """Take a draft's chances, by depth, into the mean curve. Drafts count whether they are verified or not."""
+        if len(paths) > len(self.curve):
+            more = self.curve[-1] * (self.curve[-1] / self.curve[-2]) ** np.arange(1, len(paths) - len(self.curve) + 1)
+            self.curve = np.concatenate([self.curve, more])
+        self.curve[: len(paths)] += 0.02 * (paths - self.curve[: len(paths)])
 
 
 @dataclass(slots=True)
@@ -56,13 +70,21 @@ class OnlineCalibration:
         self._sources: dict[str, _Source] = {}
         self._requests: dict[tuple[int, str], _Request] = {}
 
-    def rate(self, sequence: int, source: str) -> float:
-        """Mean acceptance of the request's drafts, drawn towards the source's while there are few."""
-        mean = self._source(source).rate
-        mine = self._requests.get((sequence, source))
-        if mine is None:
-            return mean
-        return (mine.hits + self._patience * mean) / (mine.tries + self._patience)
+    def survival(self, sequences: Sequence[int], source: str, depth: int) -> Floats:
+        """The source's mean curve, raised to the power that makes its mean acceptance the request's own."""
+        known = self._source(source)
+        curve = known.curve
+        if len(curve) < depth:  # deeper than any draft so far: as from the layer before
+            last = curve[-1] / curve[-2]
+            curve = np.concatenate([curve, curve[-1] * last ** np.arange(1, depth - len(curve) + 1)])
+        mean = min(max(known.rate, 0.01), 0.99)
+        powers = np.ones(len(sequences))
+        for place, sequence in enumerate(sequences):
+            mine = self._requests.get((sequence, source))
+            if mine is not None:
+                own = (mine.hits + self._patience * mean) / (mine.tries + self._patience)
+                powers[place] = math.log(min(own, 0.99)) / math.log(mean)
+        return np.asarray(curve[:depth, None] ** powers[None, :])
 
     def calibrated(self, sequence: int, tree: DraftTree) -> DraftTree:
         """``tree`` with corrected probabilities; siblings that would exceed 1 together are scaled down."""
@@ -70,13 +92,18 @@ class OnlineCalibration:
         offset = source.bias + (mine.offset if mine else 0.0)
         given = 1.0 / (1.0 + np.exp(-(source.slope * log_odds(tree.conditionals) + offset)))
         if tree.is_chain:
-            return replace(tree, probabilities=np.cumprod(given))
+            paths = np.cumprod(given)
+            source.see(paths)
+            return replace(tree, probabilities=paths)
         together = np.bincount(tree.parents + 1, weights=given, minlength=len(tree) + 1)
         given /= np.maximum(together, 1.0)[tree.parents + 1]
         paths = given
         for layer in range(2, int(tree.depths.max()) + 1):  # layers above are final by then
             rows = np.flatnonzero(tree.depths == layer)
             paths[rows] *= paths[tree.parents[rows]]
+        best = np.zeros(int(tree.depths.max()))
+        np.maximum.at(best, tree.depths - 1, paths)
+        source.see(best)
         return replace(tree, probabilities=paths)
 
     def observe(self, sequence: int, tree: DraftTree, accepted: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.core.policy import SequenceView
 from headrace.core.speculation import Floats
@@ -21,24 +22,29 @@ class Pace:
     """
 
     def __init__(self, sequences: Sequence[SequenceView], now: float, *, headroom: float = 1.0) -> None:
-        self.elapsed: Floats = np.array(
-            [0.0 if s.first_token is None else (now - s.first_token) * 1e3 for s in sequences]
-        )
+        began = [now if s.first_token is None else s.first_token for s in sequences]
+        self.elapsed: Floats = (now - np.array(began)) * 1e3
         self.done: Floats = np.array([s.decoded - 1.0 for s in sequences])
         self.left: Floats = np.array([float(s.remaining) for s in sequences])
         wanted = [np.inf if s.slo.tpot_ms is None else s.slo.tpot_ms for s in sequences]
         self.target: Floats = np.array(wanted) * headroom
 
     def need(self, milliseconds: float) -> Floats:
-        """float64[R]: tokens each must gain in a step of so many milliseconds to be in time after it (below 0: it may pause)."""
+        """float64[R]: tokens each must gain in a step of so many milliseconds to be in time right after it."""
         return np.asarray((self.elapsed + milliseconds) / self.target - self.done)
 
-    @property
-    def deadline(self) -> Floats:
-        """float64[R]: milliseconds from now until each must have ended, should it use up all its tokens."""
-        return np.asarray(self.target * (self.done + self.left) - self.elapsed)
+    def time_left(self, horizon: float = np.inf) -> Floats:
+        """float64[R]: milliseconds until each must have its next ``horizon`` tokens (or all that are left, if fewer)."""
+        return np.asarray(self.target * (self.done + np.minimum(self.left, horizon)) - self.elapsed)
 
-    def speed(self) -> Floats:
-        """float64[R]: tokens a millisecond each must make from now on to end in time; infinite where it is too late."""
-        rest = self.deadline
-        return np.divide(self.left, rest, out=np.full(len(rest), np.inf), where=rest > 0)
+    def speed(self, horizon: float = np.inf) -> Floats:
+        """float64[R]: tokens a millisecond each must make to be in time ``horizon`` tokens from now; infinite where it is too late."""
+        rest = self.time_left(horizon)
+        return np.divide(np.minimum(self.left, horizon), rest, out=np.full(len(rest), np.inf), where=rest > 0)
+
+
+def share_met(reach: Floats, need: Floats, counted: NDArray[np.bool_]) -> Floats:
+    """How near the ``counted`` requests (last axis) come to what they need, summed; 1 each at most."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        near = np.where(need > 0, np.minimum(1.0, reach / need), 1.0)
+    return np.asarray(np.where(counted, near, 0.0).sum(axis=-1))

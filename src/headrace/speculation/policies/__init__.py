@@ -7,14 +7,14 @@ from functools import partial
 
 from headrace.core.policy import DraftingPolicy
 from headrace.speculation.policies.adaptive_chain import AdaptiveChain
-from headrace.speculation.policies.adaserve import AdaServe
+from headrace.speculation.policies.adaserve import AdaServe, Settings
 from headrace.speculation.policies.equal import Equal
 from headrace.speculation.policies.fixed import FixedChain
 from headrace.speculation.policies.paper import Paper
 
 POLICIES: dict[str, Callable[[], DraftingPolicy]] = {
     "adaserve": AdaServe,
-    "goodput": partial(AdaServe, slo_phase=False),
+    "goodput": partial(AdaServe, Settings(slo_phase=False)),
     "paper": Paper,
     "equal": Equal,
     "adaptive-chain": AdaptiveChain,

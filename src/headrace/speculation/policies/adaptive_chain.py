@@ -1,7 +1,7 @@
 """Chains whose length follows from measured cost and acceptance, nodes ranked across requests, no targets.
 
-The way of TurboSpec and of vLLM's adaptive verification: the length that promises most tokens a millisecond is
-drafted, and as many nodes are verified, the likeliest first, as still raise that rate.
+The way of TurboSpec and of vLLM's adaptive verification: the length that promises most tokens a millisecond is drafted,
+and as many nodes are verified, the likeliest first, as still raise that rate.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import numpy as np
 from headrace.core.order import admit_in_order
 from headrace.core.policy import StepPlan, View
 from headrace.core.speculation import DraftPlan
-from headrace.speculation.depth import best_depth
-from headrace.speculation.policies.step import Step, orders
+from headrace.speculation.policies.step import Step, forecast, orders
 from headrace.speculation.select import best_yield
 
 
@@ -29,16 +28,20 @@ class AdaptiveChain:
         step = Step(view)
         if view.outlook is None or not step.decoding:
             return DraftPlan()
-        prefill = min(step.pending, step.room)
-        choice = best_depth(step, view.outlook, self._longest, prefill=prefill)
-        return DraftPlan(orders(step.decoding, choice.source, [choice.depth] * len(step.decoding)))
+        prefill = step.prefill_beside(step.room // 2)
+        found = [(forecast(step, source, self._longest, prefill=prefill), source) for source in view.outlook.sources]
+        promised, source = max(found, key=lambda f: float(f[0].rate.max()))
+        return DraftPlan(orders(step.decoding, source, [int(promised.rate.argmax())] * len(step.decoding)))
 
     def plan(self, view: View) -> StepPlan:
         step = Step(view)
         forest = step.forest()
-        none = np.zeros(len(forest), np.int64)
-        prefill = min(step.pending, step.room)
-        places = forest.merged(none)[: step.room - prefill]
-        count, _ = best_yield(float(len(forest)), forest.gains[places], lambda nodes: step.milliseconds(nodes, prefill))
+        places = forest.merged(np.zeros(len(forest), np.int64))[: step.room]
+        prefill = step.prefill_beside(len(places))
+        places = places[: step.room - prefill]
+        drafted = step.drafted()
+        count, _ = best_yield(
+            float(len(forest)), forest.gains[places], lambda nodes: drafted + step.milliseconds(nodes, prefill)
+        )
         taken = np.bincount(forest.owners[places[:count]], minlength=len(forest))
         return step.plan(forest, taken, prefill)

@@ -18,5 +18,6 @@ class Equal(Paper):
         if step.prompts:
             return prompts_only(step)
         forest = step.forest()
-        share = step.room // max(1, len(step.decoding))
+        count = max(1, len(step.decoding))
+        share = max(0, self._rows(step) - count) // count
         return step.plan(forest, np.minimum(forest.sizes, share), 0)

@@ -7,6 +7,8 @@ own.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from headrace.core.order import admit_in_order
@@ -22,6 +24,8 @@ class Paper:
     """The published algorithm 2.
 
     Args:
+        budget: rows of a verification, roots included.
+        requests: most requests at once.
         depths, widths: least and most layers, and nodes in a layer.
         draft_rows: rows of a drafting pass that all requests share.
         c1, c2: the constants of the depth and the width.
@@ -31,6 +35,8 @@ class Paper:
     def __init__(
         self,
         *,
+        budget: int = 512,
+        requests: int = 64,
         depths: tuple[int, int] = (4, 8),
         widths: tuple[int, int] = (1, 3),
         draft_rows: int = 96,
@@ -38,18 +44,20 @@ class Paper:
         c2: int = 0,
         first: Urgency = "most",
     ) -> None:
+        self._budget, self._requests = budget, requests
         self._depths, self._widths, self._draft_rows = depths, widths, draft_rows
         self._c1, self._c2, self._first = c1, c2, first
 
     def admit(self, view: View) -> list[int]:
-        return admit_in_order(view)
+        most = min(view.limits.max_sequences, self._requests)
+        return admit_in_order(replace(view, limits=replace(view.limits, max_sequences=most)))
 
     def draft(self, view: View) -> DraftPlan:
         step = Step(view)
         count = len(step.decoding)
         if step.prompts or not count or view.outlook is None:
             return DraftPlan()
-        depth = _clip(view.limits.max_step_tokens // (count + self._c1) - 1, self._depths)
+        depth = _clip(self._rows(step) // (count + self._c1) - 1, self._depths)
         width = _clip(self._draft_rows // count + self._c2, self._widths)
         return DraftPlan(orders(step.decoding, view.outlook.sources[0], [depth] * count, width))
 
@@ -58,14 +66,17 @@ class Paper:
         if step.prompts:
             return prompts_only(step)
         forest = step.forest()
-        count, budget = max(1, len(step.decoding)), view.limits.max_step_tokens
+        count, budget = max(1, len(step.decoding)), self._rows(step)
         deepest = max((int(t.depths[-1]) for t in step.trees() if t is not None), default=0)
         pace = Pace(step.decoding, view.now)
         # Drafting is over when the plan is made and counts as elapsed: what is still to come is the target's pass.
-        need = np.clip(pace.need(step.milliseconds(step.room)), 1.0, deepest + 1.0)
+        need = np.clip(pace.need(step.milliseconds(budget - count)), 1.0, deepest + 1.0)
         need[np.isinf(pace.target)] = 0.0
-        chosen = select(forest, need, step.room, n_max=int(1.2 * budget / count), first=self._first)
+        chosen = select(forest, need, max(0, budget - count), n_max=int(1.2 * budget / count), first=self._first)
         return step.plan(forest, chosen.taken, 0)
+
+    def _rows(self, step: Step) -> int:
+        return min(self._budget, step.view.limits.max_step_tokens)
 
 
 def _clip(value: int, bounds: tuple[int, int]) -> int:

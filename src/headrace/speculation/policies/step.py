@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from headrace.core.batch import Ints, StepShape
 from headrace.core.order import in_prefill, urgency, victims
 from headrace.core.policy import SequenceView, StepPlan, View
-from headrace.core.speculation import DraftOrder, DraftTree, Floats
+from headrace.core.speculation import DraftOrder, DraftTree
+from headrace.speculation.forecast import Forecast
 from headrace.speculation.forest import Counts, Forest
 
 UNKNOWN_FLAT_ROWS = 16.0
@@ -19,15 +21,19 @@ UNKNOWN_FLAT_ROWS = 16.0
 class Step:
     """A step under construction.
 
+    Args:
+        view: the state before the step.
+        key: sorts sequences, the most urgent first.
+
     Attributes:
         view: what it is made from.
         decoding: sequences that decode, most urgent first, as many as a step may hold.
         prompts: sequences in prefill, most urgent first.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, key: Callable[[SequenceView], Any] = urgency) -> None:
         self.view = view
-        ordered = sorted(view.running, key=urgency)
+        ordered = sorted(view.running, key=key)
         self.decoding = [s for s in ordered if not in_prefill(s)][: view.limits.max_step_tokens]
         self.prompts = [s for s in ordered if in_prefill(s)]
         self._context = sum(s.context for s in self.decoding)
@@ -53,9 +59,21 @@ class Step:
             sequences += 1
         return self.view.profile.cost(StepShape(prefill, rows, held, sequences, int(attended)))
 
+    def prefill_beside(self, nodes: int, least_share: float = 0.5) -> int:
+        """Prompt tokens for which there is room beside ``nodes``; prompts get a share of the rows in any case."""
+        return min(self.pending, max(self.room - nodes, int(least_share * self.room)))
+
     def forest(self) -> Forest:
         """The candidates of the sequences that decode, in order."""
         return Forest(self.trees())
+
+    def drafted(self, width: int = 1) -> float:
+        """What it took to draft the candidates, milliseconds."""
+        trees = [t for t in self.trees() if t is not None]
+        if self.view.outlook is None or not trees:
+            return 0.0
+        deepest = max(int(t.depths[-1]) for t in trees)
+        return self.view.outlook.drafts.draft_ms(trees[0].source, len(trees), deepest, width)
 
     def trees(self) -> list[DraftTree | None]:
         """The candidate tree of each sequence that decodes."""
@@ -103,6 +121,11 @@ def orders(sequences: Sequence[SequenceView], source: str, depths: Sequence[int]
     ]
 
 
-def survival(rates: Floats, depth: int) -> Floats:
-    """float64[R * depth], descending: chances of the nodes of chains whose every token is accepted at its request's rate."""
-    return np.asarray(-np.sort(-(rates[:, None] ** np.arange(1, depth + 1)).ravel()))
+def forecast(step: Step, source: str, deepest: int, *, width: int = 1, prefill: int = 0) -> Forecast:
+    """What each depth of drafting by ``source`` promises for the sequences of ``step`` that decode; the view has an outlook."""
+    outlook, count = step.view.outlook, len(step.decoding)
+    assert outlook is not None
+    chances = outlook.calibration.survival([s.id for s in step.decoding], source, deepest)
+    chances[:, [s.speculate is False for s in step.decoding]] = 0.0
+    drafting = np.array([outlook.drafts.draft_ms(source, count, depth, width) for depth in range(deepest + 1)])
+    return Forecast(chances, drafting, lambda nodes: step.milliseconds(nodes, prefill), step.room - prefill)

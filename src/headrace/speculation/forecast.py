@@ -1,0 +1,61 @@
+"""What each depth of drafting promises, before there is a draft to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.core.speculation import Floats
+from headrace.speculation.pace import share_met
+from headrace.speculation.select import ladder
+
+
+class Forecast:
+    """Steps that verify chains of every depth up to D, each as large as yields the most tokens a millisecond.
+
+    Args:
+        chances: float64[D, R], chance of each request's chain to be accepted to each depth (1 first).
+        drafting: float64[D + 1], milliseconds to draft to each depth (0 first).
+        milliseconds: the target's pass with so many nodes in it.
+        room: nodes that fit the step.
+
+    Attributes:
+        reach: float64[D + 1, R], tokens each request may expect at each depth.
+        rate: float64[D + 1], tokens a millisecond.
+        took: float64[D + 1], milliseconds of the step.
+    """
+
+    def __init__(self, chances: Floats, drafting: Floats, milliseconds: Callable[[int], float], room: int) -> None:
+        deepest, count = chances.shape
+        self._drafting = drafting
+        self._sizes = np.array(ladder(0, max(0, min(room, deepest * count))))
+        self._passes = np.array([milliseconds(int(size)) for size in self._sizes])
+        self.reach: Floats = np.concatenate([np.ones((1, count)), 1.0 + np.cumsum(chances, axis=0)])
+        self.rate: Floats = np.empty(deepest + 1)
+        self.took: Floats = np.empty(deepest + 1)
+        for depth in range(deepest + 1):
+            gains = -np.sort(-chances[:depth].ravel())
+            tokens = count + np.concatenate([[0.0], np.cumsum(gains)])
+            known = self._sizes[self._sizes <= len(gains)]
+            spent = drafting[depth] + self._passes[: len(known)]
+            yields = tokens[known] / spent
+            best = int(yields.argmax())
+            self.rate[depth], self.took[depth] = yields[best], spent[best]
+
+    def kept(self, speed: Floats, counted: NDArray[np.bool_]) -> Floats:
+        """float64[D + 1]: how near the ``counted`` requests come to the tokens a millisecond they need, 1 each at most, summed.
+
+        Those who need more than the likeliest nodes give make the step larger and slower for everybody; that is counted in.
+        """
+        owed = np.empty(len(self.rate))
+        for depth, took in enumerate(self.took):
+            short = self.reach[:depth] < speed * took  # [depth, request]: the root and depth - 1 nodes do not suffice
+            owed[depth] = short.sum(axis=0)[counted].sum()
+        took = np.maximum(self.took, self._drafting + np.interp(owed, self._sizes, self._passes))
+        return share_met(self.reach, speed[None, :] * took[:, None], counted)
+
+    def hopeless(self, speed: Floats) -> NDArray[np.bool_]:
+        """bool[R]: who would be too late at every depth."""
+        return np.asarray((self.reach < speed[None, :] * self.took[:, None]).all(axis=0))
