@@ -34,6 +34,9 @@ class Line:
     def draft_ms(self, source: str, sequences: int, depth: int, width: int) -> float:
         return 1.0 * depth
 
+    def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
+        pass
+
 
 class Prophet:
     """Drafts trees that are right as often as ``skill`` says, with repeated children and children of wrong nodes."""

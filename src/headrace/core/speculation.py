@@ -165,6 +165,9 @@ class DraftCosts(Protocol):
     def draft_ms(self, source: str, sequences: int, depth: int, width: int) -> float:
         """Predicted milliseconds to draft ``depth`` layers of ``width`` nodes for ``sequences`` sequences together."""
 
+    def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
+        """Learn what such a draft took."""
+
 
 class Calibration(Protocol):
     """How likely drafts are to be what the model says; learnt while they are verified."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
@@ -49,7 +50,12 @@ class Drafting:
                 jobs.setdefault(order.source, []).append((order, sequence))
         found: dict[int, DraftTree] = {}
         for source, asked in jobs.items():
-            trees = self._drafters[source].draft([_job(order, sequence) for order, sequence in asked])
+            work = [_job(order, sequence) for order, sequence in asked]
+            started = time.perf_counter()
+            trees = self._drafters[source].draft(work)
+            took = (time.perf_counter() - started) * 1e3
+            depth, width = max(job.depth for job in work), max(job.width for job in work)
+            self.outlook.drafts.observe(source, len(work), depth, width, took)
             for (_, sequence), tree in zip(asked, trees, strict=True):
                 if sequence.grammar is not None:
                     tree = allowed(tree, sequence.grammar)

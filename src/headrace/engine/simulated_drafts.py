@@ -13,17 +13,24 @@ from headrace.engine.sequence import Sequence as EngineSequence
 
 @dataclass(frozen=True, slots=True)
 class PassCosts:
-    """A drafter whose every pass (one layer for everybody) costs the same.
+    """Drafters whose passes (one layer for everybody) are straight lines.
 
     Attributes:
         pass_ms: source -> milliseconds of a pass; other sources are free.
+        row_ms: source -> milliseconds for every row of a pass.
     """
 
     pass_ms: Mapping[str, float] = field(default_factory=dict)
+    row_ms: Mapping[str, float] = field(default_factory=dict)
 
     def draft_ms(self, source: str, sequences: int, depth: int, width: int) -> float:
         """``depth`` passes; nothing for nobody."""
-        return self.pass_ms.get(source, 0.0) * depth if sequences else 0.0
+        if not sequences:
+            return 0.0
+        return (self.pass_ms.get(source, 0.0) + self.row_ms.get(source, 0.0) * sequences * width) * depth
+
+    def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
+        """What costs here is known, not measured."""
 
 
 @dataclass(frozen=True, slots=True)

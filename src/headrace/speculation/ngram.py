@@ -1,7 +1,8 @@
 """Drafts that cost nothing: what followed the last time the text ended like this (prompt lookup).
 
-Code that is edited, documents that are summarised and tool calls that repeat themselves are full of text that was there before. For each
-sequence the places of its n-grams are kept, so a lookup costs a dictionary access however long the text is.
+Code that is edited, documents that are summarised and tool calls that repeat themselves are full of text that was
+there before. For each sequence the places of its n-grams are kept, so a lookup costs a dictionary access however long
+the text is.
 """
 
 from __future__ import annotations
