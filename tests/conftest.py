@@ -13,6 +13,7 @@ os.environ.update(
     MKL_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
+    HEADRACE_PROFILE="off",  # measuring steps is for the tests that are about it
     HF_HUB_DISABLE_TELEMETRY="1",
 )
 

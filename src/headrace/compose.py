@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import replace
@@ -15,10 +16,14 @@ from headrace.core.request import Request, SamplingParams
 from headrace.engine.service import ProcessService
 
 if TYPE_CHECKING:
-    from headrace.core.protocols import ModelCard, Runner
+    from headrace.core.protocols import ModelCard, Quality, Runner
     from headrace.engine.engine import Engine
     from headrace.models.loaded import LoadedModel
     from headrace.models.parallel.ranks import Lost, Ranks
+    from headrace.models.quality import Reading
+    from headrace.models.slots import SlotPool
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: Lost | None = None) -> Engine:
@@ -34,8 +39,12 @@ def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: L
 
     from headrace.engine.policies import get_policy
     from headrace.models.load import load
+    from headrace.models.planes import is_int8
+    from headrace.models.quantise import check_method
 
     get_policy(config.policy)  # a wrong name shall not cost a load
+    check_method(config.quantize)
+    is_int8(config.kv_cache_dtype)
     threads = config.threads or default_threads()
     options: dict[str, Any] = {
         "name": config.model,
@@ -62,13 +71,15 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
     from headrace.engine.grammar import GrammarCompiler
     from headrace.engine.kv import KVSpace
     from headrace.engine.policies import get_policy
+    from headrace.engine.profiled import attach_profile
     from headrace.engine.sampling import TorchSampler
     from headrace.models.budget import kv_slots
     from headrace.models.linear import choose_linears
     from headrace.models.runner import ModelRunner
     from headrace.models.slots import SlotPool
 
-    choose_linears(model, config.linears)
+    before = None if ranks else _before_quantising(model, config)
+    choose_linears(model, config.linears, config.quantize)
     context = longest_context(config, model.card)
     if ranks is None:
         pool = SlotPool(kv_slots(model, config.kv_gib, context, config.kv_cache_dtype))
@@ -79,9 +90,16 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
 
         pool = SlotPool(shared_slots(model, ranks.group, config.kv_gib, config.max_context, config.kv_cache_dtype))
         runner = ParallelRunner(ModelRunner(model, pool, **_runner_options(config)), ranks)
-    card = replace(model.card, name=config.served_name or model.card.name, context=min(context, pool.size))
+    card = replace(
+        model.card,
+        name=config.served_name or model.card.name,
+        context=min(context, pool.size),
+        quantization=config.quantize or model.card.quantization,
+        kv_cache_dtype=model.card.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        quality=None if before is None else _cost_of_quantising(before, runner, pool),
+    )
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
-    return Engine(
+    engine = Engine(
         runner,
         KVSpace(pool, prefix_cache=config.prefix_cache),
         get_policy(config.policy),
@@ -90,11 +108,32 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
         limits=config.limits,
         grammars=GrammarCompiler(model.path, runner.vocab_size, card.stop_ids),
     )
+    attach_profile(engine, config)
+    return engine
 
 
 def _runner_options(config: EngineConfig) -> dict[str, Any]:
     """What every rank's runner is built with."""
     return {"attention": config.attention, "kv_cache_dtype": config.kv_cache_dtype}
+
+
+def _before_quantising(model: LoadedModel, config: EngineConfig) -> Reading | None:
+    """How the model reads the built-in text now, if it is to be quantised: what it is compared with afterwards."""
+    from headrace.models import quality
+
+    if config.quantize is None and config.kv_cache_dtype == "auto":
+        return None
+    limit = longest_context(config, model.card)
+    ids = quality.sample(model.path, limit=limit, trust_remote_code=config.trust_remote_code)
+    return quality.read_model(model, ids, attention=config.attention) if len(ids) > 1 else None
+
+
+def _cost_of_quantising(before: Reading, runner: Runner, pool: SlotPool) -> Quality:
+    from headrace.models import quality
+
+    found = quality.compare(before, quality.read(runner, pool, before.ids))
+    log.info("quantised: %s", found)
+    return found
 
 
 def build_service(config: EngineConfig) -> ProcessService:

@@ -92,13 +92,33 @@ def test_impossible_slo_ratios() -> None:
     [
         ("", "holds no request|neither JSON"),
         ("a,b\n1,2\n", "neither JSON nor a known header"),
-        (AZURE.replace("374", "many"), "line 2: 'many' is no number of tokens"),
+        (AZURE.replace("374", "many"), "line 2: ContextTokens is 'many': give a number"),
         (AZURE.replace("2023-11-16 18:15:50", "yesterday"), "line 3: TIMESTAMP"),
-        ('{"emission_time_ms": 1, "input_length": 3}\n', "line 1: .*output_length"),
+        ('{"emission_time_ms": 1, "input_length": 3}\n', "line 1: output_length is missing: give a number"),
         ('{"emission_time_ms": 1, "input_length": 3, "output_length": 2}\n{"emission\n', "line 2"),
         ('{"emission_time_ms": 1, "input_length": 3, "output_length": 2, "slo_ratio": 1.5}\n', "baseline"),
-        ('{"emission_time_ms": 1, "output_length": 2}\n', "line 1: None is no number"),
-        ('{"emission_time_ms": 1, "input_length": 1, "output_length": 2, "slo": {"tpot_ms": -1}}\n', "slo.tpot_ms"),
+        ('{"emission_time_ms": 1, "output_length": 2}\n', "line 1: input_length is missing: give a number"),
+        (
+            '{"emission_time_ms": 1, "input_length": 1, "output_length": 2, "slo": {"tpot_ms": -1}}\n',
+            "line 1: slo.tpot_ms",
+        ),
+        (
+            '{"emission_time_ms": "soon", "input_length": 3, "output_length": 2}\n',
+            "line 1: emission_time_ms is 'soon': give",
+        ),
+        ('{"input_length": 3, "output_length": 2}\n', "line 1: emission_time_ms is missing"),
+        ('{"emission_time_ms": 1, "input_length": -3, "output_length": 2}\n', "line 1: input_length is -3"),
+        ('{"emission_time_ms": 1, "prompt": [1], "output_length": 2}\n', "line 1: prompt is .*give a text"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 2, "hash_ids": ["a"]}\n', "line 1: hash_ids"),
+        (
+            '{"emission_time_ms": 1, "input_length": 1, "output_length": 2, "slo": 5}\n',
+            "line 1: slo is 5: give an object",
+        ),
+        (
+            '{"emission_time_ms": 1, "input_length": 1, "output_length": 2, "slo": {"ttft_ms": "x"}}\n',
+            "line 1: ttft_ms",
+        ),
+        ('{"emission_time_ms": 1, "input_length": 1, "output_length": 2}\n[1]\n', "line 2: .* is no JSON object"),
     ],
 )
 def test_damaged_traces_are_explained(tmp_path: Path, text: str, message: str) -> None:

@@ -244,7 +244,7 @@ def test_a_wrong_commit_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: str) 
     from headrace.engine.verify import Walk, settled
 
     if fault == "slots":
-        monkeypatch.setattr(module, "settled", lambda slots, path: settled(slots, [0] * 0 + path[::-1]))
+        monkeypatch.setattr(module, "settled", lambda slots, path: settled(slots, path[::-1]))
     else:
         monkeypatch.setattr(Walk, "step", lambda self, token: bool(self._children) and not self.path.append(0))
     built = speculating(1.0 if fault == "slots" else 0.5, POLICIES["spec-4"]())

@@ -225,3 +225,13 @@ def test_an_empty_want_gives_no_logits() -> None:
     chunk = sequence.chunk(8)
     chunk.wanted = ints([])
     assert make("llama").run(Packer().pack([chunk])).logits.shape == (0, tiny.VOCAB)
+
+
+def test_compiled_code_is_found_again() -> None:
+    """What it encloses must not differ from process to process, else each would compile anew and keep one more copy."""
+    from headrace.models.attention.prepare import compile_prepare
+
+    compile_prepare(cache=True)
+    again = compile_prepare(cache=True)
+    assert sum(again.stats.cache_hits.values()) == 1
+    assert not again.stats.cache_misses

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
-from headrace.native import build, skinny
+from headrace.native import build
 from headrace.native.skinny import PackedMatrix
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {build.why_not()}")
@@ -18,29 +13,6 @@ pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {bu
 # Below, at and beyond the widths of panels (32, 16, 8 columns), row tiles (12, 6) and blocks of K (256).
 SHAPES = [(1, 1), (5, 3), (8, 16), (31, 17), (32, 64), (33, 255), (70, 256), (96, 257), (129, 600)]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17, 24, 25, 64, 129, 150]
-
-_X86 = {"avx2": ("-mavx2", "-mfma"), "generic": ("-mtune=generic",)}
-
-
-@pytest.fixture(scope="module", params=["native", "avx2", "generic"])
-def isa(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Point :class:`PackedMatrix` at kernels compiled for one instruction set."""
-    if request.param == "native":
-        yield skinny.isa()
-        return
-    if platform.machine() != "x86_64":
-        pytest.skip("other instruction sets are those of x86-64")
-    if request.param == "avx2" and not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
-        pytest.skip("this processor has no AVX2")
-    toolchain = build.find_toolchain()
-    flags = tuple(flag for flag in toolchain.flags if not flag.startswith("-m")) + _X86[request.param]
-    library = build.open_library(
-        dataclasses.replace(toolchain, flags=flags), tmp_path_factory.mktemp(f"kernels_{request.param}")
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(skinny, "_library", lambda bound=skinny.bind(library): bound)
-        assert skinny.isa() == request.param
-        yield request.param
 
 
 def _values(*shape: int, seed: int, exact_bfloat16: bool = False) -> torch.Tensor:

@@ -54,6 +54,16 @@ def test_measured_once(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [f"{KEY.digest}.json"], "nothing left over"
 
 
+def test_what_was_learnt_is_kept(tmp_path: Path) -> None:
+    learnt = fresh()
+    for _ in range(20):
+        learnt.observe(SHAPES[1], 9.0)
+    save(learnt, KEY, path_of(KEY, tmp_path))
+    again = read(path_of(KEY, tmp_path), KEY)
+    assert again.cost(SHAPES[1]) == pytest.approx(learnt.cost(SHAPES[1]))
+    assert again.base == fresh().base
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -62,6 +72,8 @@ def test_measured_once(tmp_path: Path) -> None:
         {"dtype": "x"},
         {"attention": "x"},
         {"linears": "x"},
+        {"kv_dtype": "int8"},
+        {"quantize": "int8"},
         {"tp": 2},
         {"versions": {}},
     ],
@@ -79,7 +91,12 @@ def test_every_part_of_the_key_matters(change: dict[str, object], tmp_path: Path
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[]",
-        lambda text: text.replace('"format": 1', '"format": 99'),
+        lambda text: text.replace('"format": 2', '"format": 99'),
+        lambda text: text.replace('"correction": {}', '"correction": {"decode:0": Infinity}'),
+        lambda text: text.replace('"correction": {}', '"correction": {"sideways:0": 1.0}'),
+        lambda text: text.replace('"context": 10', '"context": Infinity'),
+        lambda text: "[" * 100_000,
+        lambda text: text + " " * (5 << 20),
         lambda text: text.replace('"ms"', '"msec"'),
         lambda text: text.replace('"ms": [', '"ms": [-9, -9, -9, -9, '),
         lambda text: text.replace("a processor", "another"),

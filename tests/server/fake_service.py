@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headrace.core.errors import EngineUnavailable, HeadraceError, InvalidRequest
-from headrace.core.outputs import EngineStats, RequestTiming, SequenceDelta, TokenLogprobs
+from headrace.core.outputs import STEP_SECONDS, Counts, EngineStats, RequestTiming, SequenceDelta, TokenLogprobs
 from headrace.core.policy import Limits
 from headrace.core.protocols import ModelCard, ServiceState
 from headrace.core.request import Request
@@ -183,6 +183,11 @@ class FakeService:
             steps=self.steps,
             step_ms=2.0,
             forward_ms=1.5,
+            step_seconds=_three(0.002),
+            forward_seconds=_three(0.0015),
+            predicted_steps=3,
+            predicted_seconds=0.5,
+            profile_error_p50=0.04,
         )
 
     async def drain(self, timeout_s: float) -> None:
@@ -196,3 +201,11 @@ def _logprobs(token: int, top: int) -> TokenLogprobs:
     """Made-up values that a test can predict: the token itself is the second most likely."""
     likely = [((token + 1) % 256, -0.5), (token, -1.25), ((token + 2) % 256, float("-inf"))]
     return TokenLogprobs(token, -1.25, 2, tuple(likely[:top]))
+
+
+def _three(seconds: float) -> Counts:
+    """Three values of ``seconds``."""
+    counts = Counts(STEP_SECONDS)
+    for _ in range(3):
+        counts.add(seconds)
+    return counts

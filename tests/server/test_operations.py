@@ -89,8 +89,12 @@ def test_counts(serve: Serve) -> None:
     assert found["headrace_cached_prompt_tokens_total"] == 9
     for name in ("ttft", "tpot", "e2e", "queue"):
         assert found[f"headrace_{name}_seconds_count"] == 4
-    assert found["headrace_last_step_seconds"] == pytest.approx(0.002)
-    assert found["headrace_last_forward_seconds"] == pytest.approx(0.0015)
+    assert found["headrace_step_seconds_count"] == found["headrace_forward_seconds_count"] == 3
+    assert found["headrace_step_seconds_sum"] == pytest.approx(0.006)
+    assert found["headrace_step_seconds_bucket{le=0.001}"] == 0
+    assert found["headrace_step_seconds_bucket{le=0.002}"] == found["headrace_step_seconds_bucket{le=+Inf}"] == 3
+    assert found["headrace_profile_error_p50"] == 0.04
+    assert found["headrace_profile_predicted_seconds_total"] == 0.5
     assert found["headrace_slots"] == 4096
     assert found["headrace_slots_used"] == 0
 

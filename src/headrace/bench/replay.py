@@ -68,6 +68,8 @@ class Replay:
                 self._idle_steps = 0
             else:
                 self._wait()
+        if self._open and isinstance(self._engine, SimulatedEngine):
+            self._engine.settle()
         for request in list(self._open.values()):
             self._end(request, finished=False)
         self._open.clear()

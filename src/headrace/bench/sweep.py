@@ -24,6 +24,9 @@ Rows = Sequence[Mapping[str, Any]]
 WARM_SHARE = 0.25
 """Share of a closed-loop run that is left out of its rate: everybody's prompts come at once there."""
 
+MOST_RATE = 250
+"""Requests a second that a closed-loop run holds ready."""
+
 HOPELESS = 0.5
 """A system that finishes a smaller share of the requests at one rate is not asked at higher ones."""
 
@@ -86,7 +89,8 @@ class Sweep:
     rows: list[dict[str, Any]]
     report: Report = lambda line: None
     cases: list[Case] = field(default_factory=list)
-    _runs: int = 0
+    _turns: int = 0
+    _drawn: int = 0
 
     def lone(self, system: HTTPSystem, load: Load) -> Lone:
         """What a request gets alone; a first round warms the server up and is not counted."""
@@ -106,7 +110,7 @@ class Sweep:
         """Requests a second of ``load`` that the system answers when it always has ``concurrency`` open, and what it was sent."""
         self.report(f"{load.name}: {self.pace.concurrency} requests open at any time")
         seconds = self.pace.saturate_s
-        arrivals = [load.arrivals[i % len(load.arrivals)] for i in range(max(400, int(60 * seconds)))]
+        arrivals = [load.arrivals[i % len(load.arrivals)] for i in range(max(400, int(MOST_RATE * seconds)))]
         warm = self._shots(arrivals[: self.pace.concurrency])
         system.replay(warm, cutoff_s=30.0, concurrency=self.pace.concurrency)
         shots = self._shots(arrivals)
@@ -128,16 +132,16 @@ class Sweep:
         for fraction in self.pace.fractions:
             for number in self.pace.seeds:
                 case = self._case(load, fraction, saturation, lone, number)
-                for system in _rotated(left, self._runs):
+                for system in _rotated(left, self._turns):
                     self.report(f"{load.name} at {fraction:g} of saturation, piece {number + 1}: {system.name}")
                     try:
                         self._replay(system, systems, case)
                     except HeadraceError as error:
-                        self._skip(system, case, f"lost: {error.message}")
+                        self.skip(system, load, f"lost: {error.message}")
                         left = [s for s in left if s is not system]
                     if system is systems[0]:
                         self.cases.append(case)
-                self._runs += 1
+                self._turns += 1
             left = [s for s in left if s is systems[0] or not self._hopeless(s, load, fraction)]
 
     def _replay(self, system: System, systems: Sequence[System], case: Case) -> None:
@@ -165,9 +169,10 @@ class Sweep:
             self.rows.append({"kind": "skipped", "system": system.name, "load": load.name, "reason": why})
         return share < HOPELESS
 
-    def _skip(self, system: System, case: Case, reason: str) -> None:
+    def skip(self, system: System, load: Load, reason: str) -> None:
+        """Say in a row that ``system`` takes no (further) part in ``load``, and why."""
         self.report(f"{system.name} {reason}")
-        self.rows.append({"kind": "skipped", "system": system.name, "load": case.load.name, "reason": reason})
+        self.rows.append({"kind": "skipped", "system": system.name, "load": load.name, "reason": reason})
 
     def _case(self, load: Load, fraction: float, saturation: float, lone: Lone, number: int) -> Case:
         rate = fraction * saturation
@@ -177,8 +182,8 @@ class Sweep:
         return Case(load, fraction, rate, number, self._shots(arrivals), cutoff)
 
     def _shots(self, arrivals: Sequence[Arrival]) -> list[Shot]:
-        self._runs += 1
-        return self.model.shots(arrivals, seed=self.seed * 100_000 + self._runs)
+        self._drawn += 1
+        return self.model.shots(arrivals, seed=self.seed * 100_000 + self._drawn)
 
     def _scales(self, load: Load) -> dict[str, float]:
         scales = {"prompt_scale": load.prompt_scale, "output_scale": load.output_scale, "context": self.model.context}
@@ -212,8 +217,11 @@ def lone_row(system: str, load: str, done: Rows) -> dict[str, Any]:
 def steady_rate(rows: Rows, seconds: float) -> float:
     """Tokens a second of a closed-loop run after its first :data:`WARM_SHARE`.
 
-    Every request's tokens are taken as spread evenly from its first to its last.
+    Every request's tokens are taken as spread evenly from its first to its last. A run that ended before its time, because
+    nothing was left to send, counts until its end.
     """
+    if rows and all(r["finished"] for r in rows):
+        seconds = min(seconds, max(r["end_s"] for r in rows))
     low = WARM_SHARE * seconds
     total = 0.0
     for r in rows:
@@ -225,7 +233,7 @@ def steady_rate(rows: Rows, seconds: float) -> float:
             total += r["decoded"] if low <= first <= seconds else 0
         elif inside > 0:
             total += r["decoded"] * inside / (last - first)
-    return total / (seconds - low)
+    return total / (seconds - low) if seconds > low else 0.0
 
 
 def by_point(rows: Rows) -> dict[tuple[str, str, float], list[Mapping[str, Any]]]:

@@ -14,7 +14,9 @@ import gzip
 import io
 import json
 import lzma
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -101,7 +103,7 @@ def _from_csv(reader: csv.DictReader[str], rate: float, seed: int) -> list[Arriv
         return _azure(reader)
     if {"num_prefill_tokens", "num_decode_tokens"} <= columns:
         lengths = [
-            (_length(row["num_prefill_tokens"], n), _length(row["num_decode_tokens"], n))
+            (_length(row, "num_prefill_tokens", n), _length(row, "num_decode_tokens", n))
             for n, row in enumerate(reader, 2)
         ]
         return poisson(rate, len(lengths), seed=seed, lengths=lengths) if lengths else []
@@ -121,7 +123,7 @@ def _azure(reader: csv.DictReader[str]) -> list[Arrival]:
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"line {number}: TIMESTAMP {row['TIMESTAMP']!r} is no date and time") from error
         start = start or stamp
-        prompt, output = _length(row["ContextTokens"], number), _length(row["GeneratedTokens"], number)
+        prompt, output = _length(row, "ContextTokens", number), _length(row, "GeneratedTokens", number)
         made.append(Arrival((stamp - start).total_seconds(), prompt, output))
     return made
 
@@ -129,40 +131,81 @@ def _azure(reader: csv.DictReader[str]) -> list[Arrival]:
 def _from_json(line: str, number: int, baseline: float | None) -> Arrival:
     try:
         data: Any = json.loads(line)
-        time_ms = float(data["emission_time_ms"] if "emission_time_ms" in data else data["timestamp"])
-        text, blocks = data.get("prompt"), data.get("hash_ids")
-        length = data.get("input_length", None if text is None else max(1, len(text) // CHARACTERS_PER_TOKEN))
-        return Arrival(
-            time_s=time_ms / 1e3,
-            prompt_tokens=_length(length, number),
-            output_tokens=_length(data["output_length"], number),
-            text=text,
-            blocks=None if blocks is None else tuple(int(b) for b in blocks),
-            slo=_slo(data, baseline),
-            category=str(data.get("category", data.get("slo_ratio", ""))),
-            owner=str(data.get("owner", "")),
-            priority=int(data.get("priority", 0)),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"line {number}: {error!r} is missing or of the wrong kind") from error
+    except ValueError as error:
+        raise InvalidRequest(f"line {number}: no JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"line {number}: {line.strip()[:40]!r} is no JSON object")
+    field = _Fields(data, number)
+    text, blocks = data.get("prompt"), data.get("hash_ids")
+    if text is not None and not isinstance(text, str):
+        raise field.wrong("prompt", "a text")
+    if blocks is not None and not (isinstance(blocks, list) and all(isinstance(b, int) for b in blocks)):
+        raise field.wrong("hash_ids", "a list of whole numbers")
+    time = "timestamp" if "timestamp" in data and "emission_time_ms" not in data else "emission_time_ms"
+    from_text = text is not None and "input_length" not in data
+    return Arrival(
+        time_s=field.number(time) / 1e3,
+        prompt_tokens=max(1, len(text or "") // CHARACTERS_PER_TOKEN) if from_text else field.length("input_length"),
+        output_tokens=field.length("output_length"),
+        text=text,
+        blocks=None if blocks is None else tuple(blocks),
+        slo=field.slo(baseline),
+        category=str(data.get("category", data.get("slo_ratio", ""))),
+        owner=str(data.get("owner", "")),
+        priority=int(field.number("priority", 0)),
+    )
 
 
-def _slo(data: Any, baseline: float | None) -> SLO:
-    if "slo_ratio" in data:
-        return slo_of_ratio(float(data["slo_ratio"]), baseline)
-    targets = data.get("slo") or {}
-    return SLO(ttft_ms=targets.get("ttft_ms"), tpot_ms=targets.get("tpot_ms"))
+class _Fields:
+    """One line's fields; what is wrong with them is said with the line, the field and the value."""
+
+    def __init__(self, data: dict[str, Any], line: int) -> None:
+        self._data, self._line = data, line
+
+    def wrong(self, name: str, wanted: str) -> InvalidRequest:
+        """The error of a field that is missing or not ``wanted``."""
+        if name not in self._data:
+            return InvalidRequest(f"line {self._line}: {name} is missing: give {wanted}", field=name)
+        return InvalidRequest(f"line {self._line}: {name} is {self._data[name]!r:.60}: give {wanted}", field=name)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._data.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(name, "a number")
+        return float(value)
+
+    def length(self, name: str) -> int:
+        """A number of tokens; 0 counts as 1, for nothing can be sent or answered without a token."""
+        value = self.number(name)
+        if value < 0:
+            raise self.wrong(name, "a number of tokens")
+        return max(1, int(value))
+
+    def slo(self, baseline: float | None) -> SLO:
+        """Targets from ``slo_ratio`` or ``slo``."""
+        try:
+            if "slo_ratio" in self._data:
+                return slo_of_ratio(self.number("slo_ratio"), baseline)
+            targets = self._data.get("slo") or {}
+            if not isinstance(targets, dict):
+                raise self.wrong("slo", "an object with ttft_ms and tpot_ms")
+            inner = _Fields(targets, self._line)
+            found = {name: inner.number(name) for name in ("ttft_ms", "tpot_ms") if targets.get(name) is not None}
+            return SLO(**found)
+        except InvalidRequest as error:
+            if error.message.startswith("line "):
+                raise
+            raise InvalidRequest(f"line {self._line}: {error.message}", field=error.field) from error
 
 
-def _length(value: Any, number: int) -> int:
+def _length(row: dict[str, Any], name: str, number: int) -> int:
     try:
-        length = int(value)
+        length = int(row[name])
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"line {number}: {value!r} is no number of tokens") from error
+        raise InvalidRequest(f"line {number}: {name} is {row[name]!r:.60}: give a number of tokens") from error
     return max(length, 1)
 
 
 def _with_slo(arrival: Arrival, slo: SLO) -> Arrival:
-    from dataclasses import replace
-
     return replace(arrival, slo=slo)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from headrace.cli import serve_bench
 from headrace.cli.make_model import make_model
 from headrace.cli.simulate import simulate
 
@@ -17,6 +18,8 @@ bench = typer.Typer(
 
 bench.command()(simulate)
 bench.command("make-model")(make_model)
+bench.command()(serve_bench.serve)
+bench.command()(serve_bench.soak)
 
 JsonPath = Annotated[
     Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
@@ -52,17 +55,77 @@ def engine(
 
 
 @bench.command()
+def quality(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or bundled.")] = "bundled",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out text (.xz and .gz too); may be given again.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows taken of each text.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """What int8 and nf4 weights and int8 K and V cost in likelihood, on text."""
+    from rich.console import Console
+
+    from headrace.bench import quality as quality_bench
+
+    console = Console(stderr=True)
+    setting = quality_bench.QualityBench(model, tuple(text or ()), windows, length, threads)
+    with console.status("loading") as status:
+        result = quality_bench.run(setting, report=status.update)
+    path = json_path or Path("results/quality.json")
+    result.write(path)
+    _print_quality(result.rows)
+    console.print(f"written to {path}", style="dim")
+    print(json.dumps(result.claims))
+
+
+@bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench import engine, make_model, simulate
+    from headrace.bench import engine, make_model, quality, serve, simulate, soak
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
-    different = recheck(file, {"engine": engine.claims, "simulate": simulate.claims, "make-model": make_model.claims})
+    different = recheck(
+        file,
+        {
+            "engine": engine.claims,
+            "simulate": simulate.claims,
+            "make-model": make_model.claims,
+            "quality": quality.claims,
+            "serve": serve.claims,
+            "soak": soak.claims,
+        },
+    )
     if different:
         lines = [f"{name}: stated {old}, the rows give {new}" for name, (old, new) in sorted(different.items())]
         raise InvalidRequest(f"{file}: claims do not follow from the rows: " + "; ".join(lines), field="file")
     print(f"{file}: every claim follows from the rows")
+
+
+def _print_quality(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from headrace.bench.quality import spread
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("text", "form"):
+        table.add_column(title)
+    for title in ("tokens", "nats a token", "more", "+-", "same greedy"):
+        table.add_column(title, justify="right")
+    for text, form in dict.fromkeys((row["text"], row["form"]) for row in rows):
+        mine = [row for row in rows if (row["text"], row["form"]) == (text, form)]
+        tokens = sum(row["tokens"] for row in mine)
+        nll, plain, same = (
+            sum(row[name] * row["tokens"] for row in mine) / tokens for name in ("nll", "nll_plain", "same_greedy")
+        )
+        table.add_row(
+            text, form, str(tokens), f"{nll:.4f}", f"{nll - plain:+.5f}", f"{spread(mine):.5f}", f"{same:.2%}"
+        )  # fmt: skip
+    Console().print(table)
 
 
 def _print_rates(rows: list[dict[str, object]]) -> None:

@@ -15,6 +15,7 @@ from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from headrace.core.protocols import ModelCard
     from headrace.models.tokenizer import Tokenizer
     from headrace.server import ServerSettings
     from headrace.server.run import GracefulServer
@@ -143,11 +144,20 @@ class Launch:
         _say(
             f"ready: {name} at {self._url}/v1\n"
             f"  model    {card.parameters / 1e6:,.1f}M parameters in {card.dtype}, context {card.context:,} tokens\n"
+            f"{_quantised(card)}"
             f"  engine   {self.config.policy} policy, {threads} threads, up to {limits.max_sequences} sequences and "
             f"{limits.max_step_tokens} tokens a step, {slots:,} slots\n"
             f"  try      curl {self._url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'\n"
             f"  or       headrace chat --url {self._url}/v1"
         )
+
+
+def _quantised(card: ModelCard) -> str:
+    """A line about what was rounded, and what it costs where that is known; nothing when nothing was."""
+    parts = [f"{card.quantization} weights"] if card.quantization else []
+    parts += ["int8 K and V"] if card.kv_cache_dtype == "int8" else []
+    cost = f": {card.quality}" if card.quality else ""
+    return f"  rounded  {', '.join(parts)}{cost}\n" if parts else ""
 
 
 def _import_tokenizers() -> None:

@@ -15,8 +15,8 @@ from headrace.core.errors import InvalidRequest
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-def _engine(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Engine")
+def _engine(text: str, *names: str, metavar: str | None = None, envvar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, envvar=envvar, rich_help_panel="Engine")
 
 
 def _server(text: str, *names: str, envvar: str | None = None) -> Any:
@@ -33,6 +33,10 @@ DType = Annotated[str, _engine("auto, float32, bfloat16 or float16.", metavar="N
 Device = Annotated[str, _engine("auto, cpu, cuda or cuda:N.", metavar="NAME")]
 Attention = Annotated[str, _engine("auto, reference, numba or triton.", metavar="NAME")]
 Linears = Annotated[str, _engine("auto, module (the checkpoint's own) or native (compiled kernels).", metavar="NAME")]
+Quantize = Annotated[
+    str | None,
+    _engine("Round the weights to int8 or nf4 while loading.", "--quantize", "--quantization", metavar="NAME"),
+]
 PolicyName = Annotated[
     str, _engine("Who runs in a step: chunked, prefill-first, priority, mlfq or vtc.", "--policy", metavar="NAME")
 ]
@@ -44,6 +48,15 @@ KvCacheDtype = Annotated[
     str, _engine("auto (the model's dtype) or int8, for nearly four times the tokens.", metavar="NAME")
 ]
 MaxContext = Annotated[int | None, _engine("Longest prompt plus output in tokens; by default the model's own.")]
+ProfileOption = Annotated[
+    str,
+    _engine(
+        "What steps cost: auto (as stored, else measured), measure, off, or the file to keep it in.",
+        "--profile",
+        metavar="HOW",
+        envvar="HEADRACE_PROFILE",
+    ),
+]
 PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
 Tp = Annotated[
     int,

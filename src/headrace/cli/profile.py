@@ -14,6 +14,7 @@ import typer
 from headrace.cli import options
 
 if TYPE_CHECKING:
+    from headrace.core.config import EngineConfig
     from headrace.engine.engine import Engine
     from headrace.profiling.profile import MeasuredProfile, Point
 
@@ -31,6 +32,7 @@ def profile(
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     linears: options.Linears = "auto",
+    quantize: options.Quantize = None,
     max_sequences: options.MaxSequences = 64,
     max_step_tokens: options.MaxStepTokens = 512,
     kv_gib: options.KvGib = None,
@@ -52,26 +54,26 @@ def profile(
         need_matplotlib()  # a missing package shall not cost a measurement
     console = Console(stderr=True)
     config = EngineConfig.from_options(
-        model=model, dtype=dtype, device=device, attention=attention, linears=linears, kv_gib=kv_gib, kv_cache_dtype=kv_cache_dtype,
-        max_context=max_context, threads=threads, trust_remote_code=trust_remote_code, max_sequences=max_sequences,
-        max_step_tokens=max_step_tokens,
+        model=model, dtype=dtype, device=device, attention=attention, linears=linears, kv_gib=kv_gib, quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype, max_context=max_context, threads=threads, trust_remote_code=trust_remote_code,
+        max_sequences=max_sequences, max_step_tokens=max_step_tokens, profile="off",
     )  # fmt: skip
     engine = build_engine(config, progress=not as_json)
     measured, unseen = _measured(
-        engine, linears, repeats=repeats, max_seconds=max_seconds, again=again, console=console
+        engine, config, repeats=repeats, max_seconds=max_seconds, again=again, console=console
     )
     errors = measured.errors(unseen)
     if plot is not None:
         _plot(plot, measured, unseen)
     if as_json:
-        print(json.dumps({"file": str(path_of(profile_key(engine, linears))), **_as_dict(measured, unseen, errors)}))
+        print(json.dumps({"file": str(path_of(profile_key(engine, config))), **_as_dict(measured, unseen, errors)}))
         return
     _print(measured, unseen, errors)
-    console.print(f"kept in {path_of(profile_key(engine, linears))}", style="dim")
+    console.print(f"kept in {path_of(profile_key(engine, config))}", style="dim")
 
 
 def _measured(
-    engine: Engine, linears: str, *, repeats: int, max_seconds: float, again: bool, console: Any
+    engine: Engine, config: EngineConfig, *, repeats: int, max_seconds: float, again: bool, console: Any
 ) -> tuple[MeasuredProfile, list[Point]]:
     from rich.progress import Progress
 
@@ -92,7 +94,7 @@ def _measured(
             unseen.extend(points)
             return fresh
 
-        found = load_or_measure(profile_key(engine, linears), measure, again=again)
+        found = load_or_measure(profile_key(engine, config), measure, again=again)
         if not unseen:  # it was stored: see how it fares on the machine as it is now
             unseen = measure_unseen(engine, count=UNSEEN, repeats=repeats, report=report)
     return found, unseen

@@ -61,6 +61,16 @@ class StepShape:
     sequences: int
     attended: int
 
+    def __add__(self, other: StepShape) -> StepShape:
+        """The shape of a step that holds both."""
+        return StepShape(
+            self.prefill_tokens + other.prefill_tokens,
+            self.decode_tokens + other.decode_tokens,
+            self.context + other.context,
+            self.sequences + other.sequences,
+            self.attended + other.attended,
+        )
+
 
 @dataclass(slots=True)
 class Batch:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
 
-ALIASES = {"tensor_parallel_size": "tp"}
+ALIASES = {"quantization": "quantize", "tensor_parallel_size": "tp"}
 """What users of vLLM call our options."""
 
 
@@ -26,12 +27,15 @@ class EngineConfig:
         linears: "auto", "module" (the checkpoint's own) or "native" (compiled skinny kernels).
         policy: a registered policy's name.
         limits: bounds of a step.
+        quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
         kv_gib: GiB for K and V; None takes a share of the free memory.
         kv_cache_dtype: "auto" (the model's dtype) or "int8", which holds nearly four times the tokens of float32.
         max_context: longest prompt plus output in tokens; None takes the model's own.
         prefix_cache: share the K and V of equal prefixes between requests.
         max_queue: waiting requests above which new ones are refused.
         trust_remote_code: run Python code that comes with a checkpoint.
+        profile: what steps cost: "auto" (as stored, else measured, which holds the start up for some seconds), "measure" (anew), "off",
+            or the file to keep it in. ``HEADRACE_PROFILE`` where it is set, else "auto".
         tp: ranks that share every layer of the model (tensor parallelism): one GPU each, or on the CPU one process each.
         threads: CPU threads for the model; None takes ``OMP_NUM_THREADS`` where it is set, else all cores available to the process.
     """
@@ -42,6 +46,7 @@ class EngineConfig:
     device: str = "auto"
     attention: str = "auto"
     linears: str = "auto"
+    quantize: str | None = None
     policy: str = "chunked"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None
@@ -50,6 +55,7 @@ class EngineConfig:
     prefix_cache: bool = True
     max_queue: int = 256
     trust_remote_code: bool = False
+    profile: str = field(default_factory=lambda: os.environ.get("HEADRACE_PROFILE") or "auto")
     tp: int = 1
     threads: int | None = None
 
@@ -74,7 +80,7 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """A configuration from flat options: the fields of this class and those of its :class:`Limits`, and vLLM's names for some.
+        """A configuration from flat options: the fields of this class, those of its :class:`Limits`, and vLLM's names for some.
 
         Raises:
             InvalidRequest: an option does not exist or is out of range.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Literal
 
+from headrace.core.batch import StepShape
 from headrace.core.errors import HeadraceError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -67,12 +69,48 @@ class SequenceDelta:
     error: HeadraceError | None = None
 
 
+STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+RELATIVE_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+
+
+@dataclass(slots=True)
+class Counts:
+    """A histogram: how many values were at most each of ``bounds`` (and above the bound before), and how many were above all.
+
+    Attributes:
+        bounds: ascending.
+        counts: one more than bounds.
+        total: the sum of all values.
+    """
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            self.counts = [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
 @dataclass(slots=True)
 class EngineStats:
     """A snapshot of the engine for metrics and health.
 
-    ``verifications`` counts decode rows that were roots, ``drafted`` the draft nodes verified below them and ``accepted`` those of them
-    that were committed. ``draft_s`` and ``plan_s`` are seconds spent in drafting and in the policy since the start.
+    Attributes:
+        step_ms, forward_ms: of the last step.
+        step_seconds, forward_seconds: of all steps.
+        predicted_seconds, predicted_steps: what the profile expected of the steps it saw, before it saw them, and how many those
+            were; ``observed_seconds`` is what they took.
+        profile_error: |predicted / measured - 1| of each of them; ``profile_error_p50`` is the median of the latest, None
+            without a profile.
+        verifications: decode rows that were roots of drafts or stood alone.
+        drafted, accepted: draft nodes verified, and those of them that were committed.
+        draft_s, plan_s: seconds spent in drafting and in the policy since the start.
     """
 
     running: int = 0
@@ -94,3 +132,23 @@ class EngineStats:
     accepted: int = 0
     draft_s: float = 0.0
     plan_s: float = 0.0
+    step_seconds: Counts = field(default_factory=lambda: Counts(STEP_SECONDS))
+    forward_seconds: Counts = field(default_factory=lambda: Counts(STEP_SECONDS))
+    predicted_steps: int = 0
+    predicted_seconds: float = 0.0
+    observed_seconds: float = 0.0
+    profile_error: Counts = field(default_factory=lambda: Counts(RELATIVE_ERRORS))
+    profile_error_p50: float | None = None
+
+    def count_step(self, seconds: float) -> None:
+        """Count a step that took ``seconds``."""
+        self.steps += 1
+        self.step_ms = seconds * 1e3
+        self.step_seconds.add(seconds)
+
+    def count_forward(self, seconds: float, shape: StepShape) -> None:
+        """Count the forward of a step of ``shape``, and its tokens."""
+        self.forward_ms = seconds * 1e3
+        self.forward_seconds.add(seconds)
+        self.prefill_tokens += shape.prefill_tokens
+        self.decode_tokens += shape.decode_tokens

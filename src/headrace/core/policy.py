@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from headrace.core.batch import Ints
-from headrace.core.protocols import Profile
 from headrace.core.request import SLO
 from headrace.core.speculation import DraftPlan, DraftTree, Outlook
+
+if TYPE_CHECKING:
+    from headrace.core.protocols import Profile
 
 
 class SequenceView(Protocol):
@@ -83,10 +85,11 @@ class Limits:
 class View:
     """The engine's state before a step.
 
-    ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival,
-    id). ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``profile`` is what
-    steps cost here (None: unknown), ``outlook`` what may be expected of drafts (None: there is no drafter), and
-    ``candidates`` the drafts made for this step, by sequence, with calibrated probabilities.
+    ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival, id).
+    ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``profile`` tells what a step
+    of any shape would cost now, None where nobody measured: a policy must do without. ``outlook`` is what may be
+    expected of drafts (None: there is no drafter), ``candidates`` the drafts made for this step, by sequence, with
+    calibrated probabilities.
     """
 
     now: float

@@ -27,6 +27,19 @@ class Profile(Protocol):
         """Predicted milliseconds of a step of ``shape``."""
 
 
+class StepObserver(Protocol):
+    """Is told what real steps took: how a profile learns."""
+
+    def observe(self, shape: StepShape, ms: float) -> None:
+        """A step of ``shape`` took ``ms`` milliseconds, from planning to committing."""
+
+    def report(self, stats: EngineStats) -> None:
+        """Write into ``stats`` how well steps were predicted."""
+
+    def close(self) -> None:
+        """The engine ends: keep what was learnt. Never raises."""
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a runner gives back.
@@ -62,10 +75,34 @@ class Closeable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """What quantisation costs on a built-in text.
+
+    Attributes:
+        tokens: how many were predicted.
+        nll_before, nll: their mean negative log-likelihood in nats, as the checkpoint is and quantised.
+        same_greedy: share of places where the likeliest token stayed the same.
+    """
+
+    tokens: int
+    nll_before: float
+    nll: float
+    same_greedy: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.nll_before:.3f} to {self.nll:.3f} nats a token ({self.nll - self.nll_before:+.4f}), "
+            f"{self.same_greedy:.1%} of {self.tokens} likeliest tokens the same"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What faces need to know of a model.
 
-    ``context`` is the longest prompt plus output in tokens; ``stop_ids`` end generation unless ignored.
+    ``context`` is the longest prompt plus output in tokens; ``stop_ids`` end generation unless ignored. ``quantization`` names how
+    weights were rounded, here or by the checkpoint's maker ("" for not at all), ``kv_cache_dtype`` how K and V are kept, and
+    ``quality`` what both cost where that was measured.
     """
 
     name: str
@@ -76,6 +113,9 @@ class ModelCard:
     created: int = 0
     dtype: str = ""
     parameters: int = 0
+    quantization: str = ""
+    kv_cache_dtype: str = ""
+    quality: Quality | None = None
 
 
 class Service(Protocol):

@@ -69,7 +69,7 @@ class DraftTree:
             ids,
             np.arange(-1, count - 1, dtype=np.int32),
             np.arange(1, count + 1, dtype=np.int32),
-            np.cumprod(np.asarray(conditionals, np.float64)),
+            np.cumprod(np.asarray(conditionals, np.float64), dtype=np.float64),
             source,
         )
 

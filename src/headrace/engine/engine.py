@@ -17,7 +17,7 @@ from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import EngineStats, SequenceDelta
 from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
-from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner
+from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
 from headrace.engine.drafting import Drafting
@@ -31,7 +31,7 @@ from headrace.engine.sequence import Sequence
 from headrace.engine.verify import settled
 
 if TYPE_CHECKING:
-    from headrace.core.batch import Ints
+    from headrace.core.batch import Ints, StepShape
     from headrace.core.speculation import DraftTree
 
 _NONE = np.empty(0, np.int32)
@@ -49,9 +49,12 @@ class Engine:
         limits: bounds of a step.
         clock: source of time; the wall clock by default.
         grammars: compiler for structured output; None refuses such requests.
-        profile: what steps cost, for policies that ask.
+        profile: what steps cost, for the policy to ask.
+        observer: is told what every step took.
         drafting: drafters, for policies that speculate; None never does.
     """
+
+    sequence_type: type[Sequence] = Sequence
 
     def __init__(
         self,
@@ -65,11 +68,12 @@ class Engine:
         clock: Clock | None = None,
         grammars: Grammars | None = None,
         profile: Profile | None = None,
+        observer: StepObserver | None = None,
         drafting: Drafting | None = None,
     ) -> None:
-        self.profile, self.drafting = profile, drafting
         self.runner, self.space, self.policy, self.sampler = runner, space, policy, sampler
         self.card, self.grammars = card, grammars
+        self.profile, self.observer, self.drafting = profile, observer, drafting
         self.limits = limits or Limits()
         self.clock: Clock = clock or WallClock()
         self._budget = StepBudget(self.limits)
@@ -97,7 +101,7 @@ class Engine:
         request = complete_request(request, self.card, self.limits, now=self.clock.now())
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
-        sequence = Sequence.of(request, self.card, self._take_id())
+        sequence = self.sequence_type.of(request, self.card, self._take_id())
         structure = request.params.structure
         if structure is None:
             self._waiting.push(sequence)
@@ -118,14 +122,17 @@ class Engine:
     def step(self) -> list[SequenceDelta]:
         """Run one step and return what it brought forth (also of cancels and failures since the last)."""
         started = time.perf_counter()
+        drafted = self._stats.draft_s
         self._start_compiled()
         self._admit()
         plan = self._plan()
         segments, scheduled, trees = self._assemble(plan)
         if segments:
-            self._run(segments, scheduled, trees)
-            self._stats.steps += 1
-            self._stats.step_ms = (time.perf_counter() - started) * 1e3
+            shape = self._run(segments, scheduled, trees)
+            seconds = time.perf_counter() - started
+            self._stats.count_step(seconds)
+            if self.observer is not None and shape is not None:
+                self.observer.observe(shape, (seconds - self._stats.draft_s + drafted) * 1e3)
         elif victim := next((v for v in plan.victims if v in self._running), None):
             # Everyone holds slots and nobody gets another: the least urgent gives way, or, alone, swaps its copy of a prefix
             # for the one that another published.
@@ -139,6 +146,8 @@ class Engine:
         stats.running = sum(s.width for s in self._running.values())
         stats.waiting = len(self._waiting)
         stats.slots_free, stats.slots_cached = self.space.pool.free, self.space.cached
+        if self.observer is not None:
+            self.observer.report(stats)
         return stats
 
     def close(self) -> None:
@@ -147,6 +156,8 @@ class Engine:
             self.cancel(request_id)
         if isinstance(self.runner, Closeable):
             self.runner.close()
+        if self.observer is not None:
+            self.observer.close()
 
     def _abort(self, sequence: Sequence) -> None:
         self._finish(sequence, SequenceDelta(sequence.request.id, sequence.index, reason="abort"))
@@ -273,20 +284,21 @@ class Engine:
 
     # ---- running and committing ------------------------------------------------------------------------------
 
-    def _run(self, segments: list[Segment], scheduled: list[Sequence], trees: list[DraftTree | None]) -> None:
+    def _run(
+        self, segments: list[Segment], scheduled: list[Sequence], trees: list[DraftTree | None]
+    ) -> StepShape | None:
+        """Run and commit a step; its shape, or None when it did not fit."""
         batch = self._packer.pack(segments)
         try:
             result = self.runner.run(batch)
         except OutOfMemory as error:
             self._survive(error, segments, scheduled)
-            return
+            return None
         except BaseException:  # an interrupt from the keyboard too: whoever catches it finds every slot accounted for
             self._undo(segments)
             raise
         self._budget.succeeded()
-        self._stats.forward_ms = result.forward_s * 1e3
-        self._stats.prefill_tokens += batch.shape.prefill_tokens
-        self._stats.decode_tokens += batch.shape.decode_tokens
+        self._stats.count_forward(result.forward_s, batch.shape)
         heads = self._heads(segments, scheduled, trees)
         going = heads
         while going:  # a round draws one token for each: all of them, then those whose drafts have carried it
@@ -294,8 +306,9 @@ class Engine:
             going = [head for head, outcome in zip(going, outcomes, strict=True) if head.take(outcome)]
         now = self.clock.now()
         for head in heads:
-            self._settle(head)
+            self._keep(head)
             self.commit(head, now)
+        return batch.shape
 
     def _heads(self, segments: list[Segment], scheduled: list[Sequence], trees: list[DraftTree | None]) -> list[Head]:
         """Those who draw in this step."""
@@ -311,7 +324,7 @@ class Engine:
             row += len(segment.wanted)
         return heads
 
-    def _settle(self, head: Head) -> None:
+    def _keep(self, head: Head) -> None:
         """Keep the slots of the root and of the accepted nodes, free the others, and learn from the outcome."""
         if head.tree is None or self.drafting is None:
             return

@@ -162,7 +162,7 @@ class Sequence:
 
     def fork(self, number: int, index: int, draw_key: int) -> Sequence:
         """A sibling with the same tokens and slot table (the caller shares the slots' references)."""
-        twin = Sequence(
+        twin = type(self)(
             number, self.request, index, draw_key=draw_key, stop_ids=self.stop_ids, max_tokens=self.max_tokens
         )
         twin.slots[: self.context] = self.slots[: self.context]

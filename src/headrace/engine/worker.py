@@ -30,10 +30,13 @@ def run_worker(connection: Connection, build: Callable[[], Engine]) -> None:
             connection.send(("failed", error))
             return
         connection.send(("ready", engine.card, engine.limits))
-        while _take_messages(connection, engine):
-            deltas = engine.step()
-            if deltas:
-                connection.send(("deltas", deltas))
+        try:
+            while _take_messages(connection, engine):
+                deltas = engine.step()
+                if deltas:
+                    connection.send(("deltas", deltas))
+        finally:
+            engine.close()
 
 
 def _take_messages(connection: Connection, engine: Engine) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         BrokenCheckpoint: ``config.json`` is missing or not a JSON object.
-        UnsupportedModel: it asks for code of its own, is quantised, or is of a type this transformers does not know.
+        UnsupportedModel: it asks for code of its own, or is of a type this transformers does not know.
     """
     import transformers
 
@@ -42,11 +42,6 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder.name} comes with Python code of its own ({', '.join(sorted(raw['auto_map']))}), which is not run: "
             "read that code, then pass trust_remote_code (--trust-remote-code) if you trust it",
             field="trust_remote_code",
-        )
-    if method := (raw.get("quantization_config") or {}).get("quant_method"):
-        raise UnsupportedModel(
-            f"{folder.name} is quantised with {method}, which is not supported: use an unquantised checkpoint of it",
-            field="model",
         )
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -79,10 +74,22 @@ def read_shapes(folder: Path) -> Shapes:
     Raises:
         BrokenCheckpoint: naming the file that is missing, truncated, unreadable or of an unsafe format.
     """
-    shapes: Shapes = {}
+    return {name: entry["shape"] for name, entry in _entries(folder)}
+
+
+def float_shapes(folder: Path) -> Shapes:
+    """As :func:`read_shapes`, without integer tensors: a quantised checkpoint's have the shape of their packing."""
+    return {name: entry["shape"] for name, entry in _entries(folder) if not entry["dtype"].startswith(("I", "U"))}
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files together."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in weight_files(folder):
-        shapes.update(_header(file))
-    return shapes
+        yield from _header(file).items()
 
 
 def renamed(shapes: Shapes, patterns: Mapping[str, str]) -> Shapes:
@@ -137,7 +144,8 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _header(file: Path) -> Shapes:
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> dtype, shape and byte range of a file's tensors."""
     size = file.stat().st_size
     again = "the file is truncated or damaged: download it again"
     with file.open("rb") as stream:
@@ -153,12 +161,13 @@ def _header(file: Path) -> Shapes:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-            shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+            for entry in tensors.values():
+                entry["shape"], entry["dtype"] = tuple(entry["shape"]), str(entry["dtype"])
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise BrokenCheckpoint(f"{file}: its header is no safetensors header: {again}", field="model") from error
     if 8 + length + end != size:
         raise BrokenCheckpoint(f"{file} should be {8 + length + end} bytes long and is {size}: {again}", field="model")
-    return shapes
+    return tensors
 
 
 def parameter_shapes(model: Any, config: Any) -> Shapes:

@@ -8,18 +8,19 @@ that packed ones are tested against.
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from headrace.core.errors import InvalidRequest
+from headrace.models import quantise
 from headrace.models.fused import fuse
 from headrace.models.pinned import Pinned
 from headrace.native import build
 from headrace.native.memory import Arena
-from headrace.native.skinny import PackedMatrix, Storage, isa
+from headrace.native.skinny import QUANTISED, PackedMatrix, Storage, isa
 
 log = logging.getLogger(__name__)
 
@@ -113,20 +114,35 @@ def use_native_linears(module: nn.Module, *, storage: Storage = "auto", arena: A
     return len(packed)
 
 
-def choose_linears(model: Model, mode: str = "auto") -> str:
+def choose_linears(model: Model, mode: str = "auto", quantize: str | None = None) -> str:
     """Give ``model`` the linear layers that ``mode`` asks for, in place, fused with what stands between them where possible.
 
     Args:
         model: whose ``module`` to change.
         mode: "module" keeps the checkpoint's own; "native" packs them; "auto" packs where a compiler is present and the linears are
             float32 on the CPU.
+        quantize: None, or what to round weights to ("int8", "nf4"; see :mod:`headrace.models.quantise`). Memory peaks at the float
+            weights and the rounded ones.
 
     Returns:
         "native" or "module".
 
     Raises:
-        InvalidRequest: for another mode, or for "native" where it is impossible, with the reason.
+        InvalidRequest: for another mode, or for "native" where it is impossible, or for a ``quantize`` that is, with the reason.
+        UnsupportedModel: there is nothing to quantise.
     """
+    quantise.check_method(quantize)
+    if quantize is not None:
+        quantise.check_model(model.module, quantize)
+    if quantize is not None and quantize not in QUANTISED:
+        mode = "module"  # no kernel packs that
+    chosen = _choose(model, mode)
+    if quantize is not None:
+        _quantise(model.module, chosen, quantize)
+    return chosen
+
+
+def _choose(model: Model, mode: str) -> str:
     if mode not in MODES:
         raise InvalidRequest(f"linears is {mode!r}: give one of {', '.join(MODES)}", field="linears")
     if mode == "module":
@@ -141,6 +157,14 @@ def choose_linears(model: Model, mode: str = "auto") -> str:
     fuse(model.module, arena=arena)
     use_native_linears(model.module, arena=arena)
     return "native"
+
+
+def _quantise(module: nn.Module, chosen: str, method: str) -> None:
+    if chosen == "native":
+        done = quantise.round_packed(module, cast(Storage, method))
+    else:
+        done = quantise.round_linears(module, method)
+    log.info("rounded the weights of %d matrices to %s (%s)", done, method, chosen)
 
 
 def _obstacle(module: nn.Module) -> str:

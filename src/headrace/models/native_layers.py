@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headrace.core.batch import Packer, Segment
+from headrace.core.batch import Batch, Packer, Segment
 from headrace.models import fused
 from headrace.models.attention.cpu import NumbaAttention
 from headrace.models.attention.inline import LayerAttention
@@ -23,6 +23,7 @@ from headrace.models.fused import FusedAttention, FusedMLP, FusedNorm
 from headrace.models.hook import Step
 from headrace.models.linear import PackedLinear
 from headrace.models.native_step import Angles, NativeEmbedding, NativeHead, NativeLayer, NativeStep, Norms
+from headrace.models.planes import Planes
 
 PLACES = 4  # where a norm can stand: before and after attention, before and after the MLP
 ROWS = 6  # of a trial
@@ -75,34 +76,16 @@ class LayerRecogniser:
     def _agree(self, layer: nn.Module, native: NativeLayer, angles: Angles | None, size: float) -> bool:
         """Whether both bring forth the same rows, keys and values from random rows of about ``size``."""
         batch = Packer().pack([_segment()])
-        at = native.attention.layer_idx
-        outcomes = []
-        for run in (self._by_module, self._by_native):
-            step = _step(batch, native, at, self._depth)
-            rows = fused.random(ROWS, native.attention.qkv.depth) * size
-            found = run(layer, native, angles, rows, step)
-            if found is None:
-                return False
-            outcomes.append((found, step.keys[at], step.values[at]))
-        tolerance = fused.tolerance(native.attention.qkv)
-        return all(fused.same(want, got, tolerance) for want, got in zip(*outcomes, strict=True))
-
-    @staticmethod
-    def _by_module(layer: nn.Module, _: NativeLayer, angles: Angles | None, rows: Tensor, step: Step) -> Tensor | None:
-        positions = torch.from_numpy(step.attention.batch.positions)
-        turn = None if angles is None else (angles.cosines[positions][None], angles.sines[positions][None])
-        found = fused.outcome(
-            layer, rows[None], attention_mask=None, position_ids=positions[None], position_embeddings=turn, headrace_step=step
-        )  # fmt: skip
-        found = found[0] if isinstance(found, tuple) else found
-        return found.view(rows.shape) if isinstance(found, Tensor) and found.numel() == rows.numel() else None
-
-    @staticmethod
-    def _by_native(_: nn.Module, native: NativeLayer, __: Angles | None, rows: Tensor, step: Step) -> Tensor:
+        rows = fused.random(ROWS, native.attention.qkv.depth) * size
+        wanted, got = (_fresh_planes(native, self._depth) for _ in range(2))
+        expected = _by_module(layer, angles, rows, batch, wanted)
         program = NativeStep({0: native}, 1, rows.shape[1])
-        program.rows(len(rows)).copy_(rows)
-        program.run(0, 1, step)
-        return program.rows(len(rows))
+        program.rows(ROWS).copy_(rows)
+        program.run(0, 1, batch, got)
+        tolerance = fused.tolerance(native.attention.qkv)
+        at = native.attention.layer_idx
+        planes = (wanted.keys[at], got.keys[at]), (wanted.values[at], got.values[at])
+        return all(fused.same(a, b, tolerance) for a, b in ((expected, program.rows(ROWS)), *planes))
 
 
 def attends_by(attention: FusedAttention) -> LayerAttention:
@@ -154,10 +137,20 @@ def _segment() -> Segment:
     return Segment(0, rows, rows, rows[::-1].copy(), rows[:0], rows)
 
 
-def _step(batch: Any, native: NativeLayer, at: int, depth: int) -> Step:
-    """A step over fresh planes that only layer ``at`` may use."""
-    backend = NumbaAttention()
+def _by_module(layer: nn.Module, angles: Angles | None, rows: Tensor, batch: Batch, planes: Planes) -> Tensor | None:
+    backend, positions = NumbaAttention(), torch.from_numpy(batch.positions)
+    prepared = backend.prepare(batch, torch.device("cpu"))
+    step = Step(backend, prepared, planes.keys, planes.values, torch.from_numpy(batch.write_slots).long())
+    turn = None if angles is None else (angles.cosines[positions][None], angles.sines[positions][None])
+    found = fused.outcome(
+        layer, rows[None], attention_mask=None, position_ids=positions[None], position_embeddings=turn, headrace_step=step
+    )  # fmt: skip
+    found = found[0] if isinstance(found, tuple) else found
+    return found.view(rows.shape) if isinstance(found, Tensor) and found.numel() == rows.numel() else None
+
+
+def _fresh_planes(native: NativeLayer, depth: int) -> Planes:
+    """Planes that only the layer under trial may use, whichever it says is its own."""
     _, heads, size = native.attention.heads
     keys, values = ([torch.zeros(ROWS, heads, size)] * depth for _ in "kv")
-    prepared = backend.prepare(batch, torch.device("cpu"))
-    return Step(backend, prepared, keys, values, torch.from_numpy(batch.write_slots).long())
+    return Planes(keys, values, None)

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.core.batch import Batch
+from headrace.models.attention.interface import AttentionBackend
 from headrace.models.hook import Step
 from headrace.models.native_layers import LayerRecogniser, recognise_embedding, recognise_head
 from headrace.models.native_step import Angles, NativeLayer, NativeStep, usable
+from headrace.models.planes import Planes
 from headrace.models.stack import LayerStack, State
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class NativeStack(LayerStack):
             hidden = self._anatomy.embed.weight.shape[1]
             embedding, head = recognise_embedding(self._anatomy), recognise_head(self._anatomy, super().head)
             self._native = NativeStep(layers, self.depth, hidden, embedding, head)
+        self._planes: Planes | None = None
         groups = [(native, list(found)) for native, found in itertools.groupby(range(self.depth), layers.__contains__)]
         self._spans = [(group[0], group[-1] + 1, native) for native, group in groups]
         log.info(
@@ -45,61 +49,44 @@ class NativeStack(LayerStack):
         """The layers that run natively."""
         return list(self._native.layers)
 
+    def whole(self, backend: AttentionBackend, planes: Planes) -> bool:
+        """Whether all of it is native and can attend so, and hence :meth:`run` may be called with ``planes``."""
+        parts = self._native
+        complete = len(parts.layers) == self.depth and parts.embedding is not None and parts.head is not None
+        return complete and usable(backend, planes)
+
+    def run(self, batch: Batch, planes: Planes) -> Tensor:
+        """float32[R, vocabulary] of ``batch.head_rows``, in native calls alone."""
+        logits = self._native.run(0, self.depth, batch, planes, embed=True, project=True)
+        assert logits is not None
+        return logits
+
     def layers(self, state: State, lo: int, hi: int, step: Step) -> State:
         """Run layers ``lo`` to ``hi - 1``, which attend through ``step``."""
-        if not usable(step):
+        planes = self._planes_of(step)
+        if not usable(step.backend, planes):
             return super().layers(state, lo, hi, step)
         rows = self._native.rows(state.hidden.shape[1])
         rows.copy_(state.hidden[0])
-        self._through(lo, hi, step, state)
+        for first, last, native in self._spans:
+            first, last = max(first, lo), min(last, hi)
+            if native and first < last:
+                self._native.run(first, last, step.attention.batch, planes)
+                step.calls += last - first
+            elif first < last:
+                now = State(rows[None], state.positions, state.rotary)
+                rows.copy_(super().layers(now, first, last, step).hidden[0])
         return State(rows.clone()[None], state.positions, state.rotary)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: hidden rows [R, h] to float32[R, vocabulary]."""
         return super().head(hidden) if self._native.head is None else self._native.project(hidden)
 
-    def logits(self, ids: Tensor, positions: Tensor, rows: Tensor | None, step: Step) -> Tensor:
-        """The whole pass; only ``rows`` reach the head."""
-        if not usable(step):
-            return super().logits(ids, positions, rows, step)
-        native, wanted = self._native, torch.arange(len(ids)) if rows is None else rows
-        hidden = native.rows(len(ids))
-        starts = native.embedding is not None and self._spans[0][2]
-        state = None if starts and len(self._spans) == 1 else self.embed(ids, positions)
-        if state is not None and not starts:
-            hidden.copy_(state.hidden[0])
-        logits = self._through(
-            0, self.depth, step, state, ids.to(torch.int32) if starts else None, wanted.to(torch.int32)
-        )
-        return self.head(hidden.index_select(0, wanted)) if logits is None else logits
-
-    def _through(
-        self, lo: int, hi: int, step: Step, state: State | None, ids: Tensor | None = None, wanted: Tensor | None = None
-    ) -> Tensor | None:
-        """Layers [lo, hi) on the native step's rows.
-
-        Args:
-            state: positions and angles, for layers that run through their modules.
-            ids: to start with the embedding.
-            wanted: rows for the head, if the last layer and the head are native; otherwise it is left to the caller.
-        """
-        for first, last, native in self._spans:
-            first, last = max(first, lo), min(last, hi)
-            if first >= last:
-                continue
-            if native:
-                ends = last == self.depth and self._native.head is not None
-                found = self._native.run(
-                    first, last, step, ids=ids if first == 0 else None, wanted=wanted if ends else None
-                )
-                if found is not None:
-                    return found
-            else:
-                assert state is not None
-                rows = self._native.rows(state.hidden.shape[1])
-                state = State(rows[None], state.positions, state.rotary)
-                rows.copy_(super().layers(state, first, last, step).hidden[0])
-        return None
+    def _planes_of(self, step: Step) -> Planes:
+        """The planes of ``step``, the same object for the same planes."""
+        if self._planes is None or self._planes.keys is not step.keys:
+            self._planes = Planes(step.keys, step.values, step.scales)  # type: ignore[arg-type]
+        return self._planes
 
     def _recognised(self, config: Any) -> dict[int, NativeLayer]:
         recognise, tables, found = LayerRecogniser(self.depth), dict[str | None, Angles](), {}

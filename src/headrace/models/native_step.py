@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.models.attention.cpu import NumbaAttention, NumbaStep
+from headrace.core.batch import Batch
+from headrace.models.attention.cpu import NumbaAttention
 from headrace.models.attention.inline import InlineAttention, LayerAttention
+from headrace.models.attention.interface import AttentionBackend
 from headrace.models.fused import FusedAttention, FusedMLP, FusedNorm
-from headrace.models.hook import Step
+from headrace.models.planes import Planes
 from headrace.native import blocks, step
 from headrace.native.skinny import PackedMatrix
 
@@ -136,10 +138,11 @@ class NativeStep:
         self._buffers = _Buffers(list(self.layers.values()), hidden)
         self._structs = (step.Layer * depth)()
         self._attention: InlineAttention | None = None
-        self._planes: Any = None
+        self._planes: Planes | None = None
+        self._threads = 0  # that the attention's scratch memory is for
         self._step = step.Step(layers=ctypes.addressof(self._structs), hidden=hidden)
-        self._head = _head(head)
-        self._embedding = step.Embedding(embedding.table.data_ptr(), embedding.scale) if embedding else None
+        self._parts = _head(head), step.Embedding(embedding.table.data_ptr(), embedding.scale) if embedding else None
+        self._head_address, self._embedding_address = (None if i is None else ctypes.addressof(i) for i in self._parts)
         for index, layer in self.layers.items():
             _describe(self._structs[index], layer)
         self._turn()
@@ -150,43 +153,35 @@ class NativeStep:
         return self._buffers.x[:count]
 
     def run(
-        self,
-        first: int,
-        last: int,
-        batch: Step,
-        *,
-        ids: Tensor | None = None,
-        wanted: Tensor | None = None,
+        self, first: int, last: int, batch: Batch, planes: Planes, *, embed: bool = False, project: bool = False
     ) -> Tensor | None:
         """Run layers [first, last), all of them native, on the rows of ``batch`` in :meth:`rows`.
 
         Args:
-            batch: what attention needs; its backend is a :class:`NumbaAttention`.
-            ids: int32[N] contiguous, to start with the embedding.
-            wanted: int32[R], contiguous, to end with the head of these rows.
+            planes: where K and V live; asked for once, as long as it is the same object.
+            embed: start with the embedding of ``batch.ids``.
+            project: end with the head of ``batch.head_rows``.
 
         Returns:
-            With ``wanted`` float32[R, vocabulary], else None.
+            With ``project`` float32[R, vocabulary], else None.
         """
-        packed = batch.attention.batch
-        left: dict[int, list[Any]] = {}
-        self._make_room(packed.tokens)
-        if first < last:
-            left = self._prepare(batch)
-        batch.calls += last - first
+        attention = self._attention
+        if attention is None or self._planes is not planes:
+            attention = self._attach(planes)
+        tokens = len(batch.ids)
+        self._make_room(tokens)
+        found = attention.begin(batch)
+        moved = [angles.cover(found.farthest) for angles in self._angles]
+        if any(moved):
+            self._turn()
         program = self._step
-        program.rows = packed.tokens
-        program.positions, program.slots = packed.positions.ctypes.data, packed.write_slots.ctypes.data
-        program.begin = 2 * first
-        program.head = None
-        if ids is not None:
-            assert self._embedding is not None
-            program.embedding, program.ids = ctypes.addressof(self._embedding), ids.data_ptr()
-        for index in sorted(left.keys() & set(range(first, last))):
+        program.begin, program.rows, program.head = 2 * first, tokens, None
+        program.ids, program.positions, program.slots = found.ids, found.positions, found.writes
+        program.embedding = self._embedding_address if embed else None
+        for index in sorted(index for index in found.left if first <= index < last):
             self._call(2 * index + 1)
-            assert self._attention is not None
-            self._attention.finish(self._numbers[index], self._buffers.queries, self._buffers.attended, left[index])
-        logits = None if wanted is None else self._want(wanted)
+            attention.finish(self._numbers[index], found.left[index])
+        logits = self._want(found.wanted, len(batch.head_rows)) if project else None
         self._call(2 * last)
         return logits
 
@@ -196,7 +191,7 @@ class NativeStep:
         program = self._step
         program.begin, program.rows, program.embedding = 0, 0, None
         wanted = torch.arange(len(rows), dtype=torch.int32)
-        logits = self._want(wanted)
+        logits = self._want(wanted.data_ptr(), len(rows))
         self._call(0)
         return logits
 
@@ -205,44 +200,29 @@ class NativeStep:
         step.run(self._step)
         self._step.begin, self._step.embedding = end, None
 
-    def _want(self, wanted: Tensor) -> Tensor:
+    def _want(self, wanted: int, count: int) -> Tensor:
         """Set the head to go behind, and give the logits that it will fill: fresh ones, as whoever gets them may keep them."""
-        assert self._head is not None
         assert self.head is not None
-        logits = torch.empty(len(wanted), self.head.matrix.columns)
+        logits = torch.empty(count, self.head.matrix.columns)
         program = self._step
-        program.head, program.wanted, program.logit_rows = ctypes.addressof(self._head), wanted.data_ptr(), len(wanted)
+        program.head, program.wanted, program.logit_rows = self._head_address, wanted, count
         program.logits = logits.data_ptr()
         return logits
 
-    def _prepare(self, batch: Step) -> dict[int, list[Any]]:
-        """Tables and argument blocks for the step; per layer what its attention leaves to be done between calls."""
-        prepared: NumbaStep = batch.attention  # type: ignore[assignment]
-        if self._planes is not batch.keys:
-            self._attach(batch)
-        assert self._attention is not None
-        top = int(prepared.batch.positions.max(initial=0))
-        moved = [angles.cover(top) for angles in self._angles]
-        if any(moved):
-            self._turn()
-        buffers = self._buffers
-        found = self._attention.begin(prepared, buffers.queries, buffers.attended, torch.get_num_threads())
-        indices = list(self.layers)
-        return {indices[number]: chunks for number, chunks in found.items()}
-
-    def _attach(self, batch: Step) -> None:
-        """Point all layers at the planes of ``batch``."""
-        of = {index: layer.attention.layer_idx for index, layer in self.layers.items()}
-        scales = None if batch.scales is None else [batch.scales[i] for i in of.values()]
-        keys, values = [batch.keys[i] for i in of.values()], [batch.values[i] for i in of.values()]
+    def _attach(self, planes: Planes) -> InlineAttention:
+        """Point all layers at ``planes``."""
+        at = [layer.attention.layer_idx for layer in self.layers.values()]
+        keys, values = [planes.keys[i] for i in at], [planes.values[i] for i in at]
+        scales = None if planes.scales is None else [planes.scales[i] for i in at]
         inline = InlineAttention([layer.attends for layer in self.layers.values()], keys, values, scales)
-        for number, index in enumerate(of):
+        for number, index in enumerate(self.layers):
             struct = self._structs[index]
             struct.attend, struct.block = inline.worker, inline.address(number)
             struct.planes.keys, struct.planes.values = keys[number].data_ptr(), values[number].data_ptr()
             if scales is not None:
                 struct.planes.key_scales, struct.planes.value_scales = (part.data_ptr() for part in scales[number])
-        self._attention, self._planes = inline, batch.keys
+        self._attention, self._planes, self._threads = inline, planes, 0
+        return inline
 
     def _turn(self) -> None:
         """Point all layers at the tables of angles."""
@@ -253,14 +233,19 @@ class NativeStep:
                 struct.turned = angles.cosines.shape[1]
 
     def _make_room(self, rows: int) -> None:
-        if self._buffers.hold(rows):
+        buffers, threads = self._buffers, torch.get_num_threads()
+        moved = buffers.hold(rows)
+        if moved:
             for name in ("x", "input", "output", "queries", "attended", "bytes", "scales"):
-                setattr(self._step, name, getattr(self._buffers, name).data_ptr())
+                setattr(self._step, name, getattr(buffers, name).data_ptr())
+        if self._attention is not None and (moved or threads != self._threads):
+            self._attention.between(buffers.queries, buffers.attended, threads)
+            self._threads = threads
 
 
-def usable(batch: Step) -> bool:
-    """Whether the native step can attend as ``batch`` wants: by the CPU kernel over planes that it reads in place."""
-    return isinstance(batch.backend, NumbaAttention)
+def usable(backend: AttentionBackend, planes: Planes) -> bool:
+    """Whether the native step can attend so: by the CPU kernel, over planes that it can write to."""
+    return isinstance(backend, NumbaAttention) and planes.keys[0].dtype in (torch.float32, torch.int8)
 
 
 def _describe(struct: step.Layer, layer: NativeLayer) -> None:

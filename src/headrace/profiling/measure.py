@@ -53,10 +53,37 @@ def timings(
             if turn:
                 taken[index].append(ms)
             report(turn * len(steps) + place + 1, total)
-    return [
-        Point(step.shape if isinstance(step, EvenStep) else step, tuple(ms))
-        for step, ms in zip(steps, taken, strict=True)
-    ]
+    return [Point(shape_of(step), tuple(ms)) for step, ms in zip(steps, taken, strict=True)]
+
+
+def timings_within(
+    run: Callable[[Step], float], steps: Sequence[Step], seconds: float, *, repeats: int = 5
+) -> list[Point]:
+    """Time as many of ``steps``, which come in order of importance, as ``seconds`` allow; two at least.
+
+    Each is run once uncounted and once counted; while time is left, further rounds go through those measured, up to ``repeats``.
+    """
+    deadline = time.monotonic() + seconds
+    taken: dict[int, list[float]] = {}
+    for index, step in enumerate(steps):
+        started = time.monotonic()
+        if len(taken) >= 2 and started >= deadline:
+            break
+        run(step)
+        if len(taken) >= 2 and 2 * time.monotonic() - started > deadline:
+            break  # a second run would end too late
+        taken[index] = [run(step)]
+    for _ in range(repeats - 1):
+        for index, ms in taken.items():
+            if time.monotonic() >= deadline:
+                break
+            ms.append(run(steps[index]))
+    return [Point(shape_of(steps[index]), tuple(ms)) for index, ms in taken.items()]
+
+
+def shape_of(step: StepShape | EvenStep) -> StepShape:
+    """The shape of a step."""
+    return step.shape if isinstance(step, EvenStep) else step
 
 
 def measure(

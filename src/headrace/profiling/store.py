@@ -18,7 +18,10 @@ from headrace.profiling.profile import MeasuredProfile, Point
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+
+MOST_BYTES = 4 << 20
+"""Larger files are none of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class ProfileKey:
     Attributes:
         model: a hash of the model's configuration.
         device: name of the processor or GPU, with the threads used.
-        dtype, attention, linears: how the model runs.
+        dtype, attention, linears, kv_dtype, quantize: how the model runs.
         tp: devices one layer is split over.
         versions: package -> version.
     """
@@ -38,6 +41,8 @@ class ProfileKey:
     dtype: str
     attention: str
     linears: str
+    kv_dtype: str = "auto"
+    quantize: str = "none"
     tp: int = 1
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -58,10 +63,11 @@ def path_of(key: ProfileKey, folder: Path | None = None) -> Path:
 
 
 def save(profile: MeasuredProfile, key: ProfileKey, path: Path) -> None:
-    """Write the measured points in one move, so that no reader ever sees half a file; raises OSError."""
+    """Write the measured points and what was learnt since in one move, so that no reader ever sees half a file; raises OSError."""
     data = {
         "format": FORMAT,
         "key": asdict(key),
+        "correction": profile.correction.factors,
         "points": [{**asdict(p.shape), "p50_ms": p.p50, "ms": list(p.ms)} for p in profile.points],
     }
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
@@ -81,22 +87,34 @@ def read(path: Path, key: ProfileKey | None = None) -> MeasuredProfile:
         OSError: the file cannot be read.
         ValueError: it is damaged, of another format, or measured under another key; the message says which.
     """
-    data: Any = json.loads(path.read_text(encoding="utf-8"))
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     try:
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} instead of {FORMAT}")
         if key is not None and data["key"] != asdict(key):
             raise ValueError("it was measured for something else")
         names = tuple(StepShape.__dataclass_fields__)
-        return MeasuredProfile(
+        profile = MeasuredProfile(
             [Point(StepShape(*(int(p[n]) for n in names)), tuple(float(v) for v in p["ms"])) for p in data["points"]]
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        profile.correction.restore({str(name): float(factor) for name, factor in data["correction"].items()})
+        return profile
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a field is missing or of the wrong kind ({error})") from error
 
 
 def load_or_measure(
-    key: ProfileKey, measure: Callable[[], MeasuredProfile], *, folder: Path | None = None, again: bool = False
+    key: ProfileKey,
+    measure: Callable[[], MeasuredProfile],
+    *,
+    folder: Path | None = None,
+    path: Path | None = None,
+    again: bool = False,
 ) -> MeasuredProfile:
     """The stored profile of ``key``, or a fresh one, which is then stored.
 
@@ -106,10 +124,11 @@ def load_or_measure(
         key: what the profile depends on.
         measure: makes a fresh one.
         folder: where profiles are kept; the user's cache by default.
+        path: this very file instead.
         again: measure even if there is one.
     """
     try:
-        path = path_of(key, folder)
+        path = path or path_of(key, folder)
     except CacheUnavailable as error:
         log.warning("the profile will not be kept: %s", error.message)
         return measure()
@@ -119,8 +138,13 @@ def load_or_measure(
         except (OSError, ValueError) as error:
             log.warning("the profile %s cannot be used (%s): measuring again", path, error)
     profile = measure()
-    try:
-        save(profile, key, path)
-    except OSError as error:
-        log.warning("the profile could not be written to %s (%s)", path, error)
+    keep(profile, key, path)
     return profile
+
+
+def keep(profile: MeasuredProfile, key: ProfileKey, path: Path | None = None) -> None:
+    """:func:`save` to ``path`` or where ``key`` belongs; a folder that cannot be written costs a warning only."""
+    try:
+        save(profile, key, path or path_of(key))
+    except (OSError, CacheUnavailable) as error:
+        log.warning("the profile could not be written (%s)", error)

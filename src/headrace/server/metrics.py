@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from headrace.core.outputs import EngineStats, RequestTiming
+from headrace.core.outputs import Counts, EngineStats, RequestTiming
 from headrace.core.protocols import ServiceState
 from headrace.server.outcome import Outcome
 from headrace.version import __version__
@@ -99,7 +100,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self.stats
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "headrace_running_sequences": ("Sequences running", stats.running),
             "headrace_waiting_sequences": ("Sequences waiting", stats.waiting),
             "headrace_slots": ("Slots for K and V", stats.slots_total),
@@ -109,10 +110,11 @@ class _EngineCollector(Collector):
                 "Slots held by live sequences",
                 stats.slots_total - stats.slots_free - stats.slots_cached,
             ),
-            "headrace_last_step_seconds": ("Duration of the last step", stats.step_ms / 1e3),
-            "headrace_last_forward_seconds": ("Of it, the model's forward", stats.forward_ms / 1e3),
         }
-        counters = {
+        if stats.profile_error_p50 is not None:
+            text = "Median of |predicted / measured - 1| of the latest steps"
+            gauges["headrace_profile_error_p50"] = (text, stats.profile_error_p50)
+        counters: dict[str, tuple[str, float]] = {
             "headrace_engine_steps": ("Steps run", stats.steps),
             "headrace_engine_prefill_tokens": ("Prompt tokens computed", stats.prefill_tokens),
             "headrace_engine_decode_tokens": ("Tokens decoded", stats.decode_tokens),
@@ -120,8 +122,25 @@ class _EngineCollector(Collector):
             "headrace_engine_preemptions": ("Sequences preempted", stats.preemptions),
             "headrace_engine_finished": ("Sequences finished", stats.finished),
             "headrace_engine_aborted": ("Sequences aborted", stats.aborted),
+            "headrace_profile_steps": ("Steps compared with the profile", stats.predicted_steps),
+            "headrace_profile_predicted_seconds": ("What the profile expected of them", stats.predicted_seconds),
+            "headrace_profile_measured_seconds": ("What they took", stats.observed_seconds),
+        }
+        histograms = {
+            "headrace_step_seconds": ("Duration of a step", stats.step_seconds),
+            "headrace_forward_seconds": ("Of it, the model's forward", stats.forward_seconds),
+            "headrace_profile_error": ("|predicted / measured - 1| of a step", stats.profile_error),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=float(value))
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=float(value))
+        for name, (text, counts) in histograms.items():
+            yield _histogram(name, text, counts)
+
+
+def _histogram(name: str, text: str, counts: Counts) -> Metric:
+    upto = itertools.accumulate(counts.counts)
+    edges = [*(str(bound) for bound in counts.bounds), "+Inf"]
+    buckets = [(edge, float(n)) for edge, n in zip(edges, upto, strict=True)]
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=counts.total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -37,4 +38,7 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "max_model_len": card.context,
         "parameters": card.parameters,
         "dtype": card.dtype,
+        "quantization": card.quantization or None,
+        "kv_cache_dtype": card.kv_cache_dtype or None,
+        "quality": None if card.quality is None else asdict(card.quality),
     }

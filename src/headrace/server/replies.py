@@ -139,6 +139,15 @@ class CompletionReply(BaseModel):
     usage: Usage
 
 
+class QualityObject(BaseModel):
+    """What quantisation costs on a built-in text: mean negative log-likelihoods in nats, and equal likeliest tokens."""
+
+    tokens: int
+    nll_before: float
+    nll: float
+    same_greedy: float
+
+
 class ModelObject(BaseModel):
     """A served model."""
 
@@ -150,6 +159,9 @@ class ModelObject(BaseModel):
     max_model_len: int
     parameters: int
     dtype: str
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    quality: QualityObject | None = None
 
 
 class ModelList(BaseModel):

@@ -92,7 +92,7 @@ class OnlineCalibration:
         offset = source.bias + (mine.offset if mine else 0.0)
         given = 1.0 / (1.0 + np.exp(-(source.slope * log_odds(tree.conditionals) + offset)))
         if tree.is_chain:
-            paths = np.cumprod(given)
+            paths = np.cumprod(given, dtype=np.float64)
             source.see(paths)
             return replace(tree, probabilities=paths)
         together = np.bincount(tree.parents + 1, weights=given, minlength=len(tree) + 1)

@@ -40,7 +40,8 @@ class Pace:
     def speed(self, horizon: float = np.inf) -> Floats:
         """float64[R]: tokens a millisecond each must make to be in time ``horizon`` tokens from now; infinite where it is too late."""
         rest = self.time_left(horizon)
-        return np.divide(np.minimum(self.left, horizon), rest, out=np.full(len(rest), np.inf), where=rest > 0)
+        late = np.full(len(rest), np.inf)
+        return np.asarray(np.divide(np.minimum(self.left, horizon), rest, out=late, where=rest > 0))
 
 
 def share_met(reach: Floats, need: Floats, counted: NDArray[np.bool_]) -> Floats:

@@ -96,7 +96,20 @@ class Pair:
         options = {"name": str(path), "dtype": "float32"}
         room = {"kv_gib": KV_GIB, "max_context": None}
         pipe = self.pipes[name]
-        pipe.send(Setup(1, 2, self.folder / "ranks", "cpu", 1, options, "module", room, {"attention": "reference"}))
+        pipe.send(
+            Setup(
+                rank=1,
+                size=2,
+                store=self.folder / "ranks",
+                device="cpu",
+                threads=1,
+                load=options,
+                linears="module",
+                quantize=None,
+                slots=room,
+                runner={"attention": "reference"},
+            )
+        )
         group = Group(0, 2)
         if not self.joined:
             join(group, self.folder / "ranks", CPU)

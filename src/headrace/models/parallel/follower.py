@@ -55,7 +55,7 @@ def serve(pipe: Connection, setup: Setup) -> None:
     group = Group(setup.rank, setup.size)
     device = device_of(setup.rank, setup.device, setup.size)
     model = load(**setup.load, device=str(device), group=group, progress=False)
-    choose_linears(model, setup.linears)
+    choose_linears(model, setup.linears, setup.quantize)
     runner = ModelRunner(model, SlotPool(shared_slots(model, group, **setup.slots)), **setup.runner)
     pipe.send(("ready", None))
     while True:

@@ -99,6 +99,11 @@ def settle(module: Any, plan: dict[str, str], group: Group) -> None:
             module.set_submodule(path, SumEmbedding(child, group))
 
 
+def is_shared(module: nn.Module) -> bool:
+    """Whether ``module`` holds one rank's part of a model."""
+    return any(isinstance(child, SumLinear | GatherLinear | SumEmbedding) for child in module.modules())
+
+
 class _Settler:
     """Unwraps modules; tensors that modules share stay shared."""
 

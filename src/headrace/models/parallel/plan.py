@@ -14,6 +14,7 @@ from headrace.models.families import kv_shape
 MOST = 64
 _GATHERED = ("colwise_gather_output", "colwise_rep")
 _WHOLE_INPUT = ("rowwise_split_input", "rowwise_rep")
+_BY_COLUMNS = ("rowwise", "packed_rowwise", *_WHOLE_INPUT)
 
 
 def plan_of(kind: Any, config: Any) -> dict[str, str]:
@@ -91,7 +92,7 @@ def _obstacle(config: Any, plan: dict[str, str], shapes: dict[str, tuple[int, ..
         style = style_of(plan, name) or style_of(plan, name.rpartition(".")[0])
         split = _split_size(style, name, shape)
         if split is not None and split % size:
-            return f"{split} {'columns' if 'row' in str(style) else 'rows'} in {name}"
+            return f"{split} {'columns' if style in _BY_COLUMNS else 'rows'} in {name}"
     return None
 
 
@@ -104,6 +105,4 @@ def _split_size(style: str | None, name: str, shape: tuple[int, ...]) -> int | N
     if "colwise" in style:  # packed matrices hold gate and up, each of which is cut
         rows = shape[0] if len(shape) == 1 else shape[-2]
         return rows // 2 if style.startswith("packed") else rows
-    if "rowwise" in style:
-        return None if name.endswith("bias") else shape[-1]
-    return None
+    return shape[-1] if style in _BY_COLUMNS and not name.endswith("bias") else None

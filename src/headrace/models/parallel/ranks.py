@@ -36,7 +36,7 @@ class Setup:
         device: as configured: "auto", "cpu" or "cuda".
         threads: CPU threads it may use.
         load: arguments of :func:`headrace.models.load.load`.
-        linears: as configured.
+        linears, quantize: as configured.
         slots: arguments of :func:`headrace.models.parallel.room.shared_slots`.
         runner: arguments of :class:`headrace.models.runner.ModelRunner`.
     """
@@ -48,6 +48,7 @@ class Setup:
     threads: int
     load: dict[str, Any]
     linears: str
+    quantize: str | None
     slots: dict[str, Any]
     runner: dict[str, Any]
 

@@ -41,6 +41,7 @@ def start_ranks(
             threads=each,
             load=load,
             linears=config.linears,
+            quantize=config.quantize,
             slots={
                 "kv_gib": config.kv_gib,
                 "max_context": config.max_context,

@@ -19,6 +19,9 @@ inline bool may_use_tiles() {
   return granted;
 }
 
+// Stores to `p` are made before, and not moved behind: to the compiler the tile intrinsics read no memory.
+inline void publish(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
 // What LDTILECFG reads: rows and bytes per row of each tile.
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -1,4 +1,6 @@
 // int8 products by Intel's matrix tiles (AMX): 16 rows by 64 bytes of activations times 64 bytes by 16 columns of weights.
+#include <algorithm>
+
 #include "amx.h"
 #include "int8.h"
 
@@ -42,8 +44,15 @@ struct Blocks {
 constexpr isize STEP = Int8Product::STEP;
 constexpr isize TILE_BYTES = 16 * STEP;  // 64 k of a panel
 
+// How far ahead weights that come from memory are called into L1 and L2. Tiles are loaded a cache line per row, in bursts, and
+// the processor's own prefetching does not keep up with them.
+constexpr isize NEAR_BYTES = 4096, FAR_BYTES = 16384;
+
 inline void prefetch_ahead(const std::int8_t* w) {
-  for (isize line = 0; line < TILE_BYTES; line += 64) prefetch<2>(w + Int8Product::FAR_BYTES + line);
+  for (isize line = 0; line < TILE_BYTES; line += 64) {
+    prefetch<3>(w + NEAR_BYTES + line);
+    prefetch<2>(w + FAR_BYTES + line);
+  }
 }
 
 void finish(const Int8Product& product, const std::int32_t* sums, isize m, int rows, isize panel, int vecs) {
@@ -52,7 +61,9 @@ void finish(const Int8Product& product, const std::int32_t* sums, isize m, int r
       product.finish(m + r, panel * PANEL + v * LANES, int_load(sums + (r * vecs + v) * LANES));
 }
 
-// Two tiles of rows by a panel. Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
+// Two tiles of rows by a panel. Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. FIRST: the first rows to meet this
+// panel, which comes from memory; for the following ones it is in the cache.
+template <bool FIRST>
 void two_by_two(const Int8Product& product, isize panel, isize m, int upper, int height) {
   const isize depth = product.depth;
   const std::uint8_t *a = product.bytes + m * depth, *below = a + upper * depth;
@@ -70,7 +81,8 @@ void two_by_two(const Int8Product& product, isize panel, isize m, int upper, int
     _tile_loadd(5, below + k, depth);
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
-    prefetch_ahead(w);
+    if (FIRST) prefetch_ahead(w);
+
   }
   alignas(64) std::int32_t sums[32 * PANEL];
   _tile_stored(0, sums, PANEL * 4);
@@ -101,6 +113,8 @@ void one_by_four(const Int8Product& product, isize panel, isize m, int rows) {
     _tile_dpbusd(3, 4, 5);
     prefetch_ahead(w);
     prefetch_ahead(next);
+
+
   }
   alignas(64) std::int32_t sums[16 * 2 * PANEL];
   _tile_stored(0, sums, PANEL * 8);
@@ -135,6 +149,7 @@ void one_by_two(const Int8Product& product, isize panel, isize m, int rows) {
 void int8_by_tiles(const Int8Product& product, isize rows, isize from, isize to) {
   const Blocks blocks(rows);
   const TileConfig config = blocks.config();
+  publish(&config);
   _tile_loadconfig(&config);
   if (blocks.single()) {
     isize panel = from;
@@ -145,7 +160,8 @@ void int8_by_tiles(const Int8Product& product, isize rows, isize from, isize to)
     for (isize first = 0; first < blocks.count; first += TOGETHER)
       for (isize panel = from; panel < to; ++panel)
         for (isize block = first; block < std::min(blocks.count, first + TOGETHER); ++block)
-          two_by_two(product, panel, blocks.start(block), blocks.upper, static_cast<int>(blocks.height));
+          (block == first ? two_by_two<true> : two_by_two<false>)(product, panel, blocks.start(block), blocks.upper,
+                                                                  static_cast<int>(blocks.height));
   }
   _tile_release();
 }

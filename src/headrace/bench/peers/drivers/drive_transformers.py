@@ -1,0 +1,111 @@
+"""transformers: ``generate`` (dynamic cache, SDPA), or with the argument ``cb`` its continuous batching (one warm manager)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Any
+
+import loop
+
+TYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def load_module(model: str, precision: str, threads: int) -> Any:
+    """The model in evaluation mode, with no token that ends a text."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    dtype = getattr(torch, TYPES[precision])
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").eval()
+    module.generation_config.eos_token_id = None
+    return module
+
+
+class Generate(loop.Engine):
+    """``model.generate`` on one padded batch."""
+
+    def load(self, model: str, precision: str, threads: int, sequences: int, context: int) -> dict[str, Any]:
+        self._module = load_module(model, precision, threads)
+        return {"ran": TYPES[precision]}
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        import torch
+
+        ids = torch.tensor(prompts)
+        made = self._module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return made[:, ids.shape[1] :].tolist()
+
+
+class ContinuousBatching(loop.Engine):
+    """The manager behind ``generate_batch``, kept warm: started for one call it costs seconds."""
+
+    def load(self, model: str, precision: str, threads: int, sequences: int, context: int) -> dict[str, Any]:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        module = load_module(model, precision, threads)
+        page = 256
+        config = ContinuousBatchingConfig(
+            page_size=page,
+            num_blocks=(sequences + 1) * -(-context // page),
+            max_batch_tokens=1024,
+            allow_block_sharing=False,
+            max_requests_per_batch=sequences,
+        )
+        generation = GenerationConfig(max_new_tokens=context, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        self._stack = contextlib.ExitStack()
+        self._manager = self._stack.enter_context(
+            module.continuous_batching_context_manager(
+                generation_config=generation, continuous_batching_config=config, block=True, timeout=5
+            )
+        )
+        return {"ran": TYPES[precision]}
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        ids = [self._manager.add_request(prompt, max_new_tokens=new) for prompt in prompts]
+        done: dict[str, list[int]] = {}
+        while len(done) < len(ids):
+            output = self._manager.get_result(timeout=60)
+            if output is not None and output.is_finished():
+                done[output.request_id] = list(output.generated_tokens)
+        return [done[request_id] for request_id in ids]
+
+    def replay(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        waiting = sorted(requests, key=lambda request: request["at_s"])
+        rows = {request["id"]: {"id": request["id"], "at_s": request["at_s"]} for request in requests}
+        started, unfinished = time.perf_counter(), len(rows)
+        while unfinished:
+            now = time.perf_counter() - started
+            while waiting and waiting[0]["at_s"] <= now:
+                request = waiting.pop(0)
+                self._manager.add_request(
+                    request["prompt"], request_id=request["id"], max_new_tokens=request["new"], streaming=True
+                )
+            due = waiting[0]["at_s"] - now if waiting else 0.05
+            output = self._manager.get_result(timeout=min(0.05, max(0.001, due)))
+            if output is None:
+                continue
+            now = time.perf_counter() - started
+            row = rows[output.request_id]
+            row.setdefault("first_s", now)
+            if output.is_finished():
+                row.update(end_s=now, tokens=len(output.generated_tokens))
+                unfinished -= 1
+        return list(rows.values())
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+if __name__ == "__main__":
+    loop.run(ContinuousBatching() if sys.argv[1:] == ["cb"] else Generate())
