@@ -42,6 +42,7 @@ class Prophet:
     """Drafts trees that are right as often as ``skill`` says, with repeated children and children of wrong nodes."""
 
     name = "prophet"
+    free = False
 
     def __init__(self, skill: float, seed: int = 0) -> None:
         self.engine: Engine | None = None

@@ -149,6 +149,10 @@ class Drafter(Protocol):
     def name(self) -> str:
         """The source's name, as plans and measurements call it."""
 
+    @property
+    def free(self) -> bool:
+        """Whether drafting costs next to nothing: such a drafter is asked first, and its tree taken where it promises as much."""
+
     def draft(self, jobs: Sequence[DraftJob]) -> list[DraftTree]:
         """One tree per job, in order; an empty one where it has nothing to offer.
 

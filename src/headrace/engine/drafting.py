@@ -23,6 +23,8 @@ from headrace.core.speculation import (
 from headrace.engine.grammar import GrammarState
 from headrace.engine.sequence import Sequence
 
+Asked = tuple[DraftOrder, Sequence]
+
 
 class Drafting:
     """Has drafts made and remembers them until they are verified.
@@ -42,7 +44,7 @@ class Drafting:
     def draft(self, plan: DraftPlan, running: Mapping[int, Sequence]) -> dict[int, DraftTree]:
         """Trees for the sequences the plan names that decode and can use one, with calibrated probabilities."""
         self._made.clear()
-        jobs: dict[str, list[tuple[DraftOrder, Sequence]]] = {}
+        jobs: dict[str, list[Asked]] = {}
         for order in plan.orders:
             sequence = running.get(order.sequence)
             # The last accepted node is followed by one more token, so a sequence can use one layer less than it may generate.
@@ -50,19 +52,45 @@ class Drafting:
                 jobs.setdefault(order.source, []).append((order, sequence))
         found: dict[int, DraftTree] = {}
         for source, asked in jobs.items():
-            work = [_job(order, sequence) for order, sequence in asked]
-            started = time.perf_counter()
-            trees = self._drafters[source].draft(work)
-            took = (time.perf_counter() - started) * 1e3
-            depth, width = max(job.depth for job in work), max(job.width for job in work)
-            self.outlook.drafts.observe(source, len(work), depth, width, took)
-            for (_, sequence), tree in zip(asked, trees, strict=True):
-                if sequence.grammar is not None:
-                    tree = allowed(tree, sequence.grammar)
-                if len(tree):
-                    self._made[sequence.id] = tree
-                    found[sequence.id] = self._calibration.calibrated(sequence.id, tree)
+            asked = self._for_nothing(source, asked, found)
+            if asked:
+                self._ask(source, asked, found)
         return found
+
+    def _for_nothing(self, source: str, asked: list[Asked], found: dict[int, DraftTree]) -> list[Asked]:
+        """Take the trees of drafters that cost nothing where they promise as much as ``source``; who is left to draft for."""
+        for drafter in self._drafters.values():
+            if not drafter.free or drafter.name == source or not asked:
+                continue
+            offered: dict[int, DraftTree] = {}
+            self._ask(drafter.name, asked, offered)
+            deepest = max(order.depth for order, _ in asked)
+            usual = self._calibration.survival([s.id for _, s in asked], source, deepest)
+            left = []
+            for place, (order, sequence) in enumerate(asked):
+                tree = offered.get(sequence.id)
+                if tree is not None and tree.probabilities.sum() >= usual[: order.depth, place].sum():
+                    found[sequence.id] = tree
+                else:
+                    self._made.pop(sequence.id, None)
+                    left.append((order, sequence))
+            asked = left
+        return asked
+
+    def _ask(self, source: str, asked: list[Asked], found: dict[int, DraftTree]) -> None:
+        """Have trees made by ``source``; put those that offer something into ``found``, with calibrated probabilities."""
+        work = [_job(order, sequence) for order, sequence in asked]
+        started = time.perf_counter()
+        trees = self._drafters[source].draft(work)
+        took = (time.perf_counter() - started) * 1e3
+        depth, width = max(job.depth for job in work), max(job.width for job in work)
+        self.outlook.drafts.observe(source, len(work), depth, width, took)
+        for (_, sequence), tree in zip(asked, trees, strict=True):
+            if sequence.grammar is not None:
+                tree = allowed(tree, sequence.grammar)
+            calibrated = self._calibration.calibrated(sequence.id, tree)
+            if len(tree):
+                self._made[sequence.id], found[sequence.id] = tree, calibrated
 
     def chosen(self, sequence: int, nodes: Ints) -> DraftTree | None:
         """The part of a sequence's draft that is to be verified, as its drafter made it."""

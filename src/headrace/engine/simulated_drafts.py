@@ -71,7 +71,7 @@ class SimulatedDrafter:
         truth: Callable[[EngineSequence], int],
         vocab_size: int,
     ) -> None:
-        self.name = name
+        self.name, self.free = name, False
         self._model, self._costs, self._clock = model, costs, clock
         self._find, self._truth, self._vocab_size = find, truth, vocab_size
 

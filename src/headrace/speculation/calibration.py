@@ -89,6 +89,9 @@ class OnlineCalibration:
     def calibrated(self, sequence: int, tree: DraftTree) -> DraftTree:
         """``tree`` with corrected probabilities; siblings that would exceed 1 together are scaled down."""
         source, mine = self._source(tree.source), self._requests.get((sequence, tree.source))
+        if not len(tree):  # nothing to offer is a chance of nothing
+            source.see(np.zeros(len(source.curve)))
+            return tree
         offset = source.bias + (mine.offset if mine else 0.0)
         given = 1.0 / (1.0 + np.exp(-(source.slope * log_odds(tree.conditionals) + offset)))
         if tree.is_chain:

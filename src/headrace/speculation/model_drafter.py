@@ -67,7 +67,7 @@ class ModelDrafter:
         max_rows: int = 512,
         name: str = "draft",
     ) -> None:
-        self.name = name
+        self.name, self.free = name, False
         self._runner, self._pool, self._likeliest = runner, pool, likeliest
         self._context, self._max_rows = context, max_rows
         self._packer = Packer()

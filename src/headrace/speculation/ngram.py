@@ -40,7 +40,7 @@ class NGramDrafter:
     def __init__(self, longest: int = 4, shortest: int = 2, remembered: int = 4, name: str = "ngram") -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(f"n-grams of {shortest} to {longest} tokens: give 1 <= shortest <= longest")
-        self.name = name
+        self.name, self.free = name, True
         self._longest, self._shortest, self._remembered = longest, shortest, remembered
         self._texts: dict[int, _Text] = {}
 
