@@ -149,7 +149,11 @@ def _drafting(model: LoadedModel, config: EngineConfig, slots: int) -> Drafting 
 
 def _runner_options(config: EngineConfig) -> dict[str, Any]:
     """What every rank's runner is built with."""
-    return {"attention": config.attention, "kv_cache_dtype": config.kv_cache_dtype}
+    return {
+        "attention": config.attention,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "graphs": not config.enforce_eager,
+    }
 
 
 def _before_quantising(model: LoadedModel, config: EngineConfig) -> Reading | None:

@@ -17,7 +17,7 @@ from headrace.core.batch import StepShape
 from headrace.core.policy import Limits
 
 PROFILE = LinearMachine(step_ms=2.0, row_ms=0.05)
-TRUE = Hosted(PROFILE, fixed_ms=0.8, sequence_ms=0.1)
+TRUE = Hosted(PROFILE, fixed_ms=0.8, sequence_ms=0.1, prompt_ms=1.5)
 LOAD = drawn_load(128, seed=0)
 MODEL = Model(1000, 128)
 
@@ -30,7 +30,8 @@ def machine(profile: Any, front_ms: float = 0.0) -> Machine:
 def calibration(profile: Any) -> Calibration:
     shots = MODEL.shots(LOAD.piece(1.0, 200.0, seed=1), seed=1)
     lone = profile.cost(StepShape(0, 1, 80, 1, 81))
-    blank = Calibration(lone, 80, shots, 1.5, 0.0, 8)
+    ttft = profile.cost(StepShape(60, 0, 0, 1, 3600))
+    blank = Calibration(ttft, 60, lone, 80, shots, 1.5, 0.0, 8)
     return replace(blank, tokens_per_s=simreal.saturated_rate(machine(profile), blank))
 
 
@@ -48,6 +49,7 @@ def test_calibration_finds_what_a_server_adds() -> None:
     found = simreal.calibrated(machine(PROFILE), calibration(TRUE))
     assert found.fixed_ms + found.sequence_ms == pytest.approx(0.9, abs=1e-6)
     assert found.sequence_ms == pytest.approx(0.1, rel=0.1)
+    assert found.prompt_ms == pytest.approx(1.5)
 
 
 def test_a_server_that_adds_nothing_gets_nothing() -> None:

@@ -28,6 +28,8 @@ def samples(**of_time: Any) -> list[dict[str, Any]]:
             "server_threads": 8,
             "engine_threads": 6,
             "profile_error_p50": 0.06 + 0.02 * noise.random(),
+            "profile_measured_seconds": 1.5 * number,
+            "profile_predicted_seconds": 1.6 * number,
         }
         rows.append({"kind": "sample", "at_s": number * 2.0, **base, **{n: f(share) for n, f in of_time.items()}})
     return rows
@@ -55,6 +57,7 @@ def test_growth_while_caches_fill_is_no_leak() -> None:
         ("leak_slots", [*samples(), *rounds(rest_slots_used=lambda t: 64.0 if t == 1 else 0.0)]),
         ("leak_slots", [*samples(), *rounds(rest_running_sequences=lambda t: float(t > 0.5))]),
         ("drift_profile", [*samples(profile_error_p50=lambda t: 0.06 + 0.2 * t), *rounds()]),
+        ("drift_profile", [*samples(profile_predicted_seconds=lambda t: 900 * (t - 0.3 * t * t)), *rounds()]),
         ("drift_latency", [*samples(), *rounds(tpot_ms_p50=lambda t: 2.0 + 3.0 * t)]),
     ],
 )

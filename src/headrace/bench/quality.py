@@ -88,6 +88,8 @@ def run(setting: QualityBench, *, report: Callable[[str], None] = lambda text: N
             continue
         windows = windows or _windows(setting, Tokenizer(path), min(setting.length, context))
         rows += _read(form, runner, pool, windows, rows)
+    for row in rows:
+        row.pop("greedy", None)
     return new_result("quality", rows, claims, load_avg)
 
 

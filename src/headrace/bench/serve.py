@@ -226,12 +226,14 @@ def _simulate(
     lone = next(r for r in rows if r["kind"] == "lone")
     full = next(r for r in rows if r["kind"] == "saturation")
     seen = simreal.Calibration(
-        lone["tpot_ms"], lone["prompt_tokens"] + lone["output_tokens"] // 2, shots, full["seconds"], full["tokens_per_s"],
+        lone["ttft_ms"], lone["prompt_tokens"], lone["tpot_ms"], lone["prompt_tokens"] + lone["output_tokens"] // 2,
+        shots, full["seconds"], full["tokens_per_s"],
         full["concurrency"],
     )  # fmt: skip
     report("fitting what a server adds to a step")
     hosted = simreal.calibrated(machine, seen)
     rows.append({"kind": "calibration", "fixed_ms": round(hosted.fixed_ms, 4), "sequence_ms": round(hosted.sequence_ms, 5),
+                 "prompt_ms": round(hosted.prompt_ms, 4),
                  "front_ms": machine.front_ms})  # fmt: skip
     real: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:

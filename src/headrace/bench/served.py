@@ -20,7 +20,7 @@ import httpx
 from headrace.core.errors import EngineUnavailable
 
 START_S = 240.0
-STOP_S = 15.0
+STOP_S = 5.0
 LISTENING = re.compile(r"listens at (\S+)")
 METRIC = re.compile(r"^headrace_(\w+?)(?:_total)? ([-+0-9.eE]+)$", re.MULTILINE)
 

@@ -1,9 +1,9 @@
 """Simulated against real: the same requests through the simulated engine, and how far its latencies and attainment are off.
 
-The simulated engine spends what a measured profile says a step costs. What a real step costs besides (the loop's own work,
-pipes, the HTTP process on the same cores) is a straight line in the running sequences, fitted to two calibration runs of the
-same server, lone requests and a saturated closed loop; no open-loop run that is compared has any part in it. Every case is
-also simulated without that line.
+The simulated engine spends what a measured profile says a step costs. What a real step costs besides (pipes, the HTTP process on
+the same cores) is a straight line in the running sequences and a constant for steps with prompts, fitted to two calibration runs
+of the same server, lone requests and a saturated closed loop; no open-loop run that is compared has any part in it. Every case
+is also simulated without them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from headrace.bench import metrics
 from headrace.bench.openloop import Shot
+from headrace.bench.prediction import profile_error_p50
 from headrace.bench.replay import START, Replay
 from headrace.bench.sweep import Case, steady_rate
 from headrace.core.batch import StepShape
@@ -36,16 +37,19 @@ HALVINGS = 12
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A profile with what a server adds to each step: ``fixed_ms`` and ``sequence_ms`` for every running sequence."""
+    """A profile with what a server adds: ``fixed_ms`` to each step, ``sequence_ms`` for every running sequence, ``prompt_ms`` to
+    steps that take in prompts (a request's first way through the processes)."""
 
     base: Profile
     fixed_ms: float = 0.0
     sequence_ms: float = 0.0
+    prompt_ms: float = 0.0
 
     def cost(self, shape: StepShape) -> float:
         """Milliseconds of a step of ``shape``."""
         alone = self.base.cost(shape)
-        return max(LEAST_SHARE * alone, alone + self.fixed_ms + self.sequence_ms * shape.sequences)
+        added = self.fixed_ms + self.sequence_ms * shape.sequences + (self.prompt_ms if shape.prefill_tokens else 0.0)
+        return max(LEAST_SHARE * alone, alone + added)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +110,13 @@ class Calibration:
     """What two runs of the real server gave.
 
     Attributes:
-        lone_tpot_ms, lone_context: TPOT of requests that were alone, and the tokens they held half-way.
+        lone_ttft_ms, lone_prompt: TTFT of requests that were alone, as the client sees it, and their prompts' tokens.
+        lone_tpot_ms, lone_context: their TPOT, and the tokens they held half-way.
         shots, seconds, tokens_per_s, concurrency: of the saturated closed loop.
     """
 
+    lone_ttft_ms: float
+    lone_prompt: int
     lone_tpot_ms: float
     lone_context: int
     shots: Sequence[Shot]
@@ -119,13 +126,15 @@ class Calibration:
 
 
 def calibrated(machine: Machine, seen: Calibration) -> Hosted:
-    """The machine's profile with the line that makes its lone TPOT and its saturated throughput those of the real server."""
+    """The machine's profile with what makes its lone TTFT and TPOT and its saturated throughput those of the real server."""
     alone = machine.profile.cost(StepShape(0, 1, seen.lone_context, 1, seen.lone_context + 1))
     extra_alone = seen.lone_tpot_ms - alone
+    prompt = machine.profile.cost(StepShape(seen.lone_prompt, 0, 0, 1, seen.lone_prompt**2))
+    extra_prompt = max(0.0, seen.lone_ttft_ms - machine.front_ms - prompt - extra_alone)
 
     def line(extra_full: float) -> Hosted:
         slope = (extra_full - extra_alone) / max(seen.concurrency - 1, 1)
-        return Hosted(machine.profile, extra_alone - slope, slope)
+        return Hosted(machine.profile, extra_alone - slope, slope, extra_prompt)
 
     full = machine.profile.cost(StepShape(0, seen.concurrency, 0, seen.concurrency, seen.concurrency))
     low, high = -full, full + 4 * abs(extra_alone)
@@ -204,9 +213,9 @@ def claims(rows: Rows) -> dict[str, float]:
             mine = [p[f"{name}_error"] for p in points if f"{name}_error" in p]
             if mine:
                 found[f"sim_vs_real_{name}_error{suffix}"] = statistics.median(mine)
-    steps = [r for r in rows if r["kind"] == "profile"]
-    if steps:
-        found["profile_error_p50"] = statistics.median(abs(r["predicted_ms"] / r["measured_ms"] - 1) for r in steps)
+    error = profile_error_p50([r for r in rows if r["kind"] == "profile"])
+    if error is not None:
+        found["profile_error_p50"] = error
     runs = [r for r in rows if r["kind"] == "simulation"]
     if runs:
         found["sim_hours_per_minute"] = sum(r["virtual_s"] for r in runs) / 60 / sum(r["wall_s"] for r in runs)

@@ -16,6 +16,7 @@ from typing import Any
 
 from headrace.bench import metrics
 from headrace.bench.loads import drawn_load, with_classes
+from headrace.bench.prediction import drift
 from headrace.bench.results import Result, new_result
 from headrace.bench.serve import OURS, Setting, model_of
 from headrace.bench.served import Served
@@ -177,7 +178,7 @@ def verdict(rows: Rows) -> dict[str, float]:
     - ``leak_files``: more open files or threads in the last tenth than ever in the first tenth, medians, by 3 or more.
     - ``leak_slots``: after any round slots are held, or sequences or requests open, although nothing is asked.
     - ``drift_profile``: the median error of step predictions in the last third is above 15 % and above that of the first
-      third by half.
+      third by half, or predictions lean (sum of predicted over sum of measured) by 15 points more to one side at the end.
     - ``drift_latency``: TPOT p50 of the last third of rounds is more than 1.5 times that of the first third.
     """
     settled = _settled(rows)
@@ -189,13 +190,13 @@ def verdict(rows: Rows) -> dict[str, float]:
     files = any(_climbs(settled, f"{name}_{what}") for name in ("server", "engine") for what in ("fds", "threads"))
     errors = [r["profile_error_p50"] for r in settled if "profile_error_p50" in r]
     first, last = _thirds(errors)
-    drift = last > DRIFT_ERROR and last > 1.5 * first
+    leaning = abs(drift(settled).get("profile_bias_drift", 0.0)) > DRIFT_ERROR
     early, late = _thirds([r["tpot_ms_p50"] for r in rounds if "tpot_ms_p50" in r])
     return {
         "leak_memory": float(grown),
         "leak_files": float(files),
         "leak_slots": float(held),
-        "drift_profile": float(drift),
+        "drift_profile": float(leaning or (last > DRIFT_ERROR and last > 1.5 * first)),
         "drift_latency": float(early > 0 and late > LATENCY_GROWTH * early),
     }
 
@@ -212,6 +213,7 @@ def claims(rows: Rows) -> dict[str, float]:
     errors = [r["profile_error_p50"] for r in settled if "profile_error_p50" in r]
     if errors:
         found["profile_error_p50_first_third"], found["profile_error_p50_last_third"] = _thirds(errors)
+    found |= drift(settled)
     asked = sum(r["requests"] for r in rounds)
     found["requests"] = asked
     found["requests_lost"] = asked - sum(r["finished"] for r in rounds)

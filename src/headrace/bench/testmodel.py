@@ -9,15 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from headrace.bench.shapes import shape_named
 from headrace.core.cache import cache_folder
-from headrace.core.errors import InvalidRequest
-
-SHAPES: dict[str, dict[str, int]] = {
-    "125m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "num_key_value_heads": 4, "vocab_size": 32_000},
-    "20m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
-            "num_key_value_heads": 2, "vocab_size": 16_000},
-}  # fmt: skip
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -28,21 +21,12 @@ def random_llama(shape: str, seed: int = 0) -> Any:
     Raises:
         InvalidRequest: for an unknown shape.
     """
-    if shape not in SHAPES:
-        raise InvalidRequest(f"shape is {shape!r}: choose one of {', '.join(SHAPES)}", field="shape")
+    sizes = shape_named(shape).config()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    settings: dict[str, Any] = SHAPES[shape]
-    config = LlamaConfig(
-        **settings,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
+    config = LlamaConfig(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     module: Any = LlamaForCausalLM(config)
     return module.eval()
 

@@ -58,6 +58,9 @@ ProfileOption = Annotated[
     ),
 ]
 PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
+EnforceEager = Annotated[
+    bool, _engine("On GPUs, launch every kernel rather than replay captured steps.", "--enforce-eager")
+]
 Tp = Annotated[
     int,
     _engine(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,13 +108,16 @@ def _with_progress(measure: Any) -> Result:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     console = Console(stderr=True)
+    # A polite end is an interruption too: servers are stopped and the file is written. Ctrl-C raises the same by itself.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
+        begun = time.monotonic()
 
         def report(line: str) -> None:
             bar.update(task, description=line)
             if not console.is_terminal:
-                console.print(line, style="dim")
+                console.print(f"{time.monotonic() - begun:6.1f} s  {line}", style="dim", soft_wrap=True)
 
         result: Result = measure(report, lambda done, total: bar.update(task, completed=done, total=total))
     return result

@@ -34,6 +34,7 @@ class EngineConfig:
         with a checkpoint. profile: what steps cost: "auto" (as stored, else measured, which holds the start up for
         some seconds), "measure" (anew), "off",
             or the file to keep it in. ``HEADRACE_PROFILE`` where it is set, else "auto".
+        enforce_eager: launch every kernel of every step on GPUs, rather than replay captured ones.
         tp: ranks that share every layer of the model (tensor parallelism): one GPU each, or on the CPU one process each.
         threads: CPU threads for the model; None takes ``OMP_NUM_THREADS`` where it is set, else all cores available to the process.
     """
@@ -55,6 +56,7 @@ class EngineConfig:
     max_queue: int = 256
     trust_remote_code: bool = False
     profile: str = field(default_factory=lambda: os.environ.get("HEADRACE_PROFILE") or "auto")
+    enforce_eager: bool = False
     tp: int = 1
     threads: int | None = None
 

@@ -152,12 +152,19 @@ class FusedAttention(Pinned):
         return heads[:, :queries], heads[:, queries : queries + keys], heads[:, queries + keys :]
 
 
-def fuse(module: nn.Module, *, storage: Storage = "auto", arena: Arena | None = None) -> dict[str, int]:
+def fuse(
+    module: nn.Module,
+    *,
+    storage: Storage = "auto",
+    arena: Arena | None = None,
+    finish: Callable[[nn.Module], object] | None = None,
+) -> dict[str, int]:
     """Swap fused modules in wherever they agree with what is there; float32 on the CPU, before linears are packed.
 
     Args:
         module: a transformers ``*ForCausalLM`` in evaluation mode.
         storage, arena: as for :class:`PackedMatrix`.
+        finish: called with each part that goes in, to pack its matrices elsewhere; the room they took is used again.
 
     Returns:
         How many of each kind: {"attention": .., "mlp": .., "norm": ..}.
@@ -178,6 +185,9 @@ def fuse(module: nn.Module, *, storage: Storage = "auto", arena: Arena | None = 
                 if path and (found := fused(child, pack)) is not None:
                     module.set_submodule(path, found)
                     counts[kind] += 1
+                    if finish is not None:
+                        finish(found)
+                        pack.arena.rewind(mark)
                     break
                 pack.arena.rewind(mark)
             del child

@@ -121,8 +121,8 @@ def choose_linears(model: Model, mode: str = "auto", quantize: str | None = None
         model: whose ``module`` to change.
         mode: "module" keeps the checkpoint's own; "native" packs them; "auto" packs where a compiler is present and the linears are
             float32 on the CPU.
-        quantize: None, or what to round weights to ("int8", "nf4"; see :mod:`headrace.models.quantise`). Memory peaks at the float
-            weights and the rounded ones.
+        quantize: None, or what to round weights to ("int8", "nf4"; see :mod:`headrace.models.quantise`). Memory peaks at the
+            checkpoint's weights and the rounded ones.
 
     Returns:
         "native" or "module".
@@ -136,13 +136,13 @@ def choose_linears(model: Model, mode: str = "auto", quantize: str | None = None
         quantise.check_model(model.module, quantize)
     if quantize is not None and quantize not in QUANTISED:
         mode = "module"  # no kernel packs that
-    chosen = _choose(model, mode)
+    chosen = _choose(model, mode, cast(Storage | None, quantize))
     if quantize is not None:
         _quantise(model.module, chosen, quantize)
     return chosen
 
 
-def _choose(model: Model, mode: str) -> str:
+def _choose(model: Model, mode: str, rounding: Storage | None) -> str:
     if mode not in MODES:
         raise InvalidRequest(f"linears is {mode!r}: give one of {', '.join(MODES)}", field="linears")
     if mode == "module":
@@ -154,7 +154,11 @@ def _choose(model: Model, mode: str) -> str:
         log.info("keeping the checkpoint's own linears: %s", reason)
         return "module"
     arena = Arena()
-    fuse(model.module, arena=arena)
+    if rounding is None:
+        fuse(model.module, arena=arena)
+    else:  # each part is compared exactly and then rounded, so that no more than one stands there in floats
+        rounded = Arena()
+        fuse(model.module, arena=arena, finish=lambda part: quantise.round_packed(part, rounding, rounded))
     use_native_linears(model.module, arena=arena)
     return "native"
 

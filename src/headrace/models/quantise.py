@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from headrace.core.errors import InvalidRequest, UnsupportedModel
 from headrace.native.memory import Arena
-from headrace.native.skinny import PackedMatrix, Storage
+from headrace.native.skinny import QUANTISED, PackedMatrix, Storage
 
 log = logging.getLogger(__name__)
 
@@ -86,17 +86,21 @@ class Int8Linear(nn.Module):
         )
 
 
-def round_packed(module: Any, storage: Storage) -> int:
-    """Repack every :class:`PackedMatrix` under ``module``, a transformers model, one at a time; returns how many.
+def round_packed(module: Any, storage: Storage, arena: Arena | None = None) -> int:
+    """Repack every :class:`PackedMatrix` under ``module`` that is not rounded yet, one at a time; returns how many.
+
+    Args:
+        module: a transformers model or a part of one.
+        arena: where they go.
 
     Raises:
         UnsupportedModel: weights that ``storage`` cannot hold.
     """
-    arena, done, head = Arena(), 0, _head_modules(module)
+    arena, done, head = Arena() if arena is None else arena, 0, _head_modules(module)
     for child in module.modules():
         wanted: Storage = "int8" if child in head else storage
         for name, value in vars(child).items():
-            if isinstance(value, PackedMatrix):
+            if isinstance(value, PackedMatrix) and value.storage not in QUANTISED:
                 try:
                     setattr(child, name, value.stored_as(wanted, arena))
                 except ValueError as error:
@@ -128,7 +132,7 @@ def round_linears(module: Any, method: str) -> int:
 
 def _head_modules(module: Any) -> set[nn.Module]:
     """The LM head, which nf4 leaves at 8 bits."""
-    found = module.get_output_embeddings()
+    found = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     return set() if found is None else set(found.modules())
 
 

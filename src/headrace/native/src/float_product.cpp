@@ -11,6 +11,7 @@
 // of a row block pass over it. Threads split the panels.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "storages.h"
@@ -23,6 +24,8 @@ namespace {
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;  // accumulators, a step of weights and a broadcast fill the registers
 constexpr isize K_BLOCK = 256;                   // a panel's block and a tile's rows fit a 48 KiB L1
 constexpr isize ROW_BLOCK = 128;                 // rows of x that stay in L2 while all panels pass over them
+constexpr isize COPIED_ROWS = 64;                // rows of x copied apart at a time
+constexpr isize COLLIDING = 512;                 // strides, in floats, at which the rows of a tile compete for a few sets of L1
 constexpr isize NEAR_BYTES = 1024;               // how far ahead weights are called into L1,
 constexpr isize FAR_BYTES = 16384;               // and into L2
 
@@ -115,7 +118,19 @@ struct Product {
     }
   }
 
+  // Rows of x whose starts collide in the cache are copied apart, as many at a time as stay in L2.
+  void run_apart(isize from, isize to) const {
+    const isize stride = depth + 16, height = std::min(rows, COPIED_ROWS);
+    const std::unique_ptr<float[]> copy(new float[height * stride]);
+    for (isize first = 0; first < rows; first += height) {
+      const isize some = std::min(height, rows - first);
+      for (isize m = 0; m < some; ++m) std::copy_n(x + (first + m) * ldx, depth, copy.get() + m * stride);
+      Product{panels, bias, columns, depth, copy.get(), stride, y + first * ldy, ldy, some}.run(from, to);
+    }
+  }
+
   void run(isize from, isize to) const {
+    if (rows > TILE_ROWS && ldx % COLLIDING == 0) return run_apart(from, to);
     for (isize first = 0; first < rows; first += ROW_BLOCK) {
       const isize last = std::min(rows, first + ROW_BLOCK);
       const int most = panels_at_once(next_rows(last - first, TILE_ROWS));
