@@ -6,13 +6,13 @@ PUBLISHED_NAMES = {
     "adaserve": "AdaServe",
     "chunked": "Sarathi-Serve",
     "prefill-first": "vLLM",
-    "spec-4": "vLLM-Spec(4)",
-    "spec-6": "vLLM-Spec(6)",
-    "spec-8": "vLLM-Spec(8)",
+    "vllm-spec-4": "vLLM-Spec(4)",
+    "vllm-spec-6": "vLLM-Spec(6)",
+    "vllm-spec-8": "vLLM-Spec(8)",
 }
 """What our policies stand for there."""
 
-_ORDER = ("adaserve", "chunked", "prefill-first", "spec-4", "spec-6", "spec-8")
+_ORDER = ("adaserve", "chunked", "prefill-first", "vllm-spec-4", "vllm-spec-6", "vllm-spec-8")
 
 
 def _at(*values: float) -> dict[str, float]:

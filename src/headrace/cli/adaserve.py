@@ -40,7 +40,7 @@ def adaserve(
         if name not in bench.SETUPS:
             raise InvalidRequest(f"model is {name!r}: choose {' or '.join(bench.SETUPS)}", field="model")
     for name in policy or ():
-        get_policy(name)
+        get_policy(bench.REPLICAS.get(name, name))
     sweep = bench.Sweep(
         models=tuple(model or bench.SETUPS),
         policies=tuple(policy or bench.POLICIES),

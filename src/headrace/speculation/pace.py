@@ -45,7 +45,10 @@ class Pace:
 
 
 def share_met(reach: Floats, need: Floats, counted: NDArray[np.bool_]) -> Floats:
-    """How near the ``counted`` requests (last axis) come to what they need, summed; 1 each at most."""
+    """How many of the ``counted`` requests (last axis) get what they need; one that gets less counts for the eighth power of its share.
+
+    Almost in time is late all the same, but what is just out of reach today may be within reach in the next step.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         near = np.where(need > 0, np.minimum(1.0, reach / need), 1.0)
-    return np.asarray(np.where(counted, near, 0.0).sum(axis=-1))
+    return np.asarray(np.where(counted, near**8, 0.0).sum(axis=-1))

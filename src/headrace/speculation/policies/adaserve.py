@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from headrace.core.order import admit_in_order
 from headrace.core.policy import SequenceView, StepPlan, View
 from headrace.core.speculation import DraftPlan, Floats, Outlook
+from headrace.speculation.forest import Forest
 from headrace.speculation.pace import Pace
 from headrace.speculation.policies.step import Step, forecast, orders
 from headrace.speculation.select import best_yield, ladder, select
@@ -79,12 +80,13 @@ class AdaServe:
         step = Step(view, lambda s: self._urgency(view, s))
         forest = step.forest()
         count = len(step.decoding)
-        reach = forest.expected(forest.sizes)
-        pace = Pace(step.decoding, view.now, headroom=self._set.headroom)
         drafted = step.drafted(self._set.width)
-        usual = drafted + step.milliseconds(min(step.room, int(forest.sizes.sum()) // 2))
-        prefill = self._prefill(step, pace, reach, usual, int(forest.sizes.sum()))
-        room = step.room - prefill
+        pays = self._paying(step, forest, drafted)
+        usual = drafted + step.milliseconds(pays)
+        pace = Pace(step.decoding, view.now, headroom=self._set.headroom)
+        reach = forest.expected(forest.sizes)
+        feasible = self._feasible(pace, reach, usual)
+        prefill = self._prefill(step, pace, reach, usual, feasible, pays)
 
         def worth(owed: int, gains: Floats) -> int:
             def cost(nodes: int) -> float:
@@ -94,10 +96,15 @@ class AdaServe:
 
         need = np.zeros(count)
         if self._set.slo_phase and count:
-            took = drafted + step.milliseconds(min(room, int(forest.sizes.sum()) // 2), prefill)
-            need = np.where(self._feasible(pace, reach, usual), pace.speed(self._set.horizon) * took, 0.0)
-        chosen = select(forest, need, room, first="fewest", worth=worth)
+            took = drafted + step.milliseconds(pays, prefill)
+            need = np.where(feasible, pace.speed(self._set.horizon) * took, 0.0)
+        chosen = select(forest, need, step.room - prefill, first="fewest", worth=worth)
         return step.plan(forest, chosen.taken, prefill)
+
+    def _paying(self, step: Step, forest: Forest, drafted: float) -> int:
+        """How many nodes pay for themselves, without regard to targets and prompts."""
+        gains = np.sort(forest.probabilities)[::-1][: step.room]
+        return best_yield(float(len(forest)), gains, lambda nodes: drafted + step.milliseconds(nodes))[0]
 
     def _urgency(self, view: View, sequence: SequenceView) -> tuple[int, float, int]:
         """Priority, then the moment its first token is due.
@@ -117,7 +124,9 @@ class AdaServe:
         aimed = np.isfinite(pace.target)
         return aimed & in_time if self._set.triage else aimed
 
-    def _prefill(self, step: Step, pace: Pace, reach: Floats, usual: float, nodes: int) -> int:
+    def _prefill(
+        self, step: Step, pace: Pace, reach: Floats, usual: float, aimed: NDArray[np.bool_], nodes: int
+    ) -> int:
         """Prompt tokens in the step: as many as the requests being answered can spare time for."""
         most = step.prefill_beside(nodes, self._set.prefill_rows)
         if not most or not step.decoding or not self._set.slo_phase:
@@ -125,7 +134,6 @@ class AdaServe:
         oldest = min(s.arrival for s in step.prompts)
         if (step.view.now - oldest) * 1e3 > self._set.patience_ms:
             return most
-        aimed = self._feasible(pace, reach, usual)
         if not aimed.any():
             return most
         slack = (pace.time_left() - pace.left * usual / reach)[aimed].min()
