@@ -47,14 +47,21 @@ class Forecast:
     def kept(self, speed: Floats, counted: NDArray[np.bool_]) -> Floats:
         """float64[D + 1]: how near the ``counted`` requests come to the tokens a millisecond they need, 1 each at most, summed.
 
-        Those who need more than the likeliest nodes give make the step larger and slower for everybody; that is counted in.
+        Of two steps the better one counts: the one that yields most, with nodes for those behind on top, and the one that holds
+        nothing but those.
         """
-        owed = np.empty(len(self.rate))
-        for depth, took in enumerate(self.took):
-            short = self.reach[:depth] < speed * took  # [depth, request]: the root and depth - 1 nodes do not suffice
-            owed[depth] = short.sum(axis=0)[counted].sum()
-        took = np.maximum(self.took, self._drafting + np.interp(owed, self._sizes, self._passes))
-        return share_met(self.reach, speed[None, :] * took[:, None], counted)
+        most = np.zeros(len(self.rate))
+        for took in (self.took, self._drafting + self._passes[0]):
+            for _ in range(2):
+                took = np.maximum(took, self._drafting + np.interp(self._owed(speed, took, counted), self._sizes, self._passes))
+            most = np.maximum(most, share_met(self.reach, speed[None, :] * took[:, None], counted))
+        return most
+
+    def _owed(self, speed: Floats, took: Floats, counted: NDArray[np.bool_]) -> Floats:
+        """float64[D + 1]: nodes that keep the ``counted`` on their pace in steps of ``took`` milliseconds, as far as the depth goes."""
+        short = self.reach[None, :-1, :] < (speed[None, :] * took[:, None])[:, None, :]  # [depth, nodes, request]
+        within = np.arange(len(took) - 1)[None, :] < np.arange(len(took))[:, None]
+        return np.asarray((short & within[:, :, None])[:, :, counted].sum(axis=(1, 2)), np.float64)
 
     def hopeless(self, speed: Floats) -> NDArray[np.bool_]:
         """bool[R]: who would be too late at every depth."""

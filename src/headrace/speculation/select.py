@@ -62,12 +62,16 @@ def select(
         n_max: most nodes the SLO phase gives to one request.
         first: whom the SLO phase serves first: those who need the "most" or the "least" tokens, each as far as the budget goes; or
             those who need the "fewest" nodes, each with all that it needs or none, for some of them rescue nobody.
-        weights: float64[R], what a token of each request counts for in the throughput phase; 1 by default.
+        weights: float64[R], what a token of each request counts for in the throughput phase, 1 by default; a request that
+            counts for nothing gets none there.
         worth: called as ``worth(nodes owed, gains)`` with the gains of the throughput phase's candidates, best first; how many of
             them to take. By default all that the budget has.
     """
     owed = slo_phase(forest, need, budget, n_max=n_max, first=first)
-    places = forest.merged(owed, weights)[: max(0, budget - int(owed.sum()))]
+    places = forest.merged(owed, weights)
+    if weights is not None:
+        places = places[weights[forest.owners[places]] > 0]
+    places = places[: max(0, budget - int(owed.sum()))]
     if worth is not None:
         places = places[: worth(int(owed.sum()), forest.gains[places])]
     taken = owed + np.bincount(forest.owners[places], minlength=len(forest))

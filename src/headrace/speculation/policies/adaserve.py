@@ -17,9 +17,9 @@ from headrace.core.order import admit_in_order
 from headrace.core.policy import SequenceView, StepPlan, View
 from headrace.core.speculation import DraftPlan, Floats, Outlook
 from headrace.speculation.forest import Forest
-from headrace.speculation.pace import Pace
+from headrace.speculation.pace import Pace, share_met
 from headrace.speculation.policies.step import Step, forecast, orders
-from headrace.speculation.select import best_yield, ladder, select
+from headrace.speculation.select import Selection, best_yield, ladder, select
 
 SECOND_CHANCE = 4.0
 """A request that missed its time to first token is due again after so many times its target."""
@@ -40,10 +40,11 @@ class Settings:
         slo_phase: False spends everything on throughput: an ablation.
         triage: False serves hopeless requests like any other: an ablation.
         tolerance: share of the requests that may lose their pace for a higher yield.
+        give: share of the yield that targets may cost: what is lost now comes back as a longer queue for everybody.
         forced_depth: least depth for requests that force speculation on.
     """
 
-    deepest: int = 10
+    deepest: int = 8
     width: int = 1
     headroom: float = 0.97
     horizon: float = 64.0
@@ -53,7 +54,32 @@ class Settings:
     slo_phase: bool = True
     triage: bool = True
     tolerance: float = 0.01
+    give: float = 0.05
     forced_depth: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What a step costs after drafting and with its prompts; ``room`` is for nodes."""
+
+    step: Step
+    drafted: float
+    prefill: int
+
+    @property
+    def room(self) -> int:
+        return self.step.room - self.prefill
+
+    def milliseconds(self, nodes: int) -> float:
+        return self.drafted + self.step.milliseconds(nodes, self.prefill)
+
+    def own(self, nodes: int) -> float:
+        """Without the prompts: they have to be computed in any case, and shall not make a large step look cheap."""
+        return self.drafted + self.step.milliseconds(nodes)
+
+    def rate(self, forest: Forest, chosen: Selection) -> float:
+        """Tokens a millisecond."""
+        return float(forest.expected(chosen.taken).sum()) / self.own(chosen.total)
 
 
 class AdaServe:
@@ -76,30 +102,64 @@ class AdaServe:
         return DraftPlan(orders(step.decoding, source, depths, self._set.width))
 
     def plan(self, view: View) -> StepPlan:
-        """Prompt tokens first, bounded by slack; then nodes for those behind; then nodes that pay."""
+        """Prompt tokens bounded by slack, nodes for those behind, and nodes that pay."""
         step = Step(view, lambda s: self._urgency(view, s))
         forest = step.forest()
-        count = len(step.decoding)
         drafted = step.drafted(self._set.width)
         pays = self._paying(step, forest, drafted)
         usual = drafted + step.milliseconds(pays)
         pace = Pace(step.decoding, view.now, headroom=self._set.headroom)
         reach = forest.expected(forest.sizes)
-        feasible = self._feasible(pace, reach, usual)
+        feasible = self._feasible(pace, reach, drafted + step.milliseconds(pays // 2))
         prefill = self._prefill(step, pace, reach, usual, feasible, pays)
+        costs = _Costs(step, drafted, prefill)
+        best = self._spent(forest, costs, np.zeros(len(forest)), np.ones(len(forest)))
+        if self._set.slo_phase and feasible.any():
+            best = self._aimed(forest, costs, best, pace.speed(self._set.horizon), feasible)
+        return step.plan(forest, best.taken, prefill)
+
+    def _aimed(
+        self, forest: Forest, costs: _Costs, blind: Selection, speed: Floats, feasible: NDArray[np.bool_]
+    ) -> Selection:
+        """The choice that keeps the most requests on their pace.
+
+        Nodes for those behind may come on top of those that pay, or in their place: everybody else's nodes make the step slower, so
+        those with time to spare go without, should that bring others back in time.
+        """
+        count = len(forest)
+
+        def kept(chosen: Selection) -> float:
+            need = speed * costs.milliseconds(chosen.total)
+            return float(share_met(forest.expected(chosen.taken), need, feasible))
+
+        everybody = kept(blind)
+        if everybody >= feasible.sum() - self._set.tolerance * count:
+            return blind
+        need = np.where(feasible, speed * costs.milliseconds(blind.total), 0.0)
+        ahead = ~feasible | (forest.expected(blind.taken) > 1.25 * need)
+        choices = [(everybody, blind)]
+        for weights in (np.ones(count), np.where(ahead, 0.0, 1.0), np.zeros(count)):
+            took = costs.milliseconds(blind.total if weights.all() else 0)
+            chosen = blind
+            for _ in range(2):  # what they need depends on how long the step takes, and that on what they get
+                chosen = self._spent(forest, costs, np.where(feasible, speed * took, 0.0), weights)
+                took = costs.milliseconds(chosen.total)
+            choices.append((kept(chosen), chosen))
+        least = (1.0 - self._set.give) * costs.rate(forest, blind)
+        choices = [choice for choice in choices if costs.rate(forest, choice[1]) >= least]
+        enough = max(score for score, _ in choices) - self._set.tolerance * count
+        return next(chosen for score, chosen in choices if score >= enough)
+
+    def _spent(self, forest: Forest, costs: _Costs, need: Floats, weights: Floats) -> Selection:
+        """Both phases: nodes that are owed, then nodes that pay, for those whose weight is not 0."""
+        count = float(len(forest))
 
         def worth(owed: int, gains: Floats) -> int:
-            def cost(nodes: int) -> float:
-                return drafted + step.milliseconds(owed + nodes, prefill)
+            return best_yield(count, gains, lambda nodes: costs.own(owed + nodes))[0]
 
-            return best_yield(float(count), gains, cost)[0]
-
-        need = np.zeros(count)
-        if self._set.slo_phase and count:
-            took = drafted + step.milliseconds(pays, prefill)
-            need = np.where(feasible, pace.speed(self._set.horizon) * took, 0.0)
-        chosen = select(forest, need, step.room - prefill, first="fewest", worth=worth)
-        return step.plan(forest, chosen.taken, prefill)
+        if not weights.any():
+            return select(forest, need, costs.room, first="fewest", worth=lambda owed, gains: 0)
+        return select(forest, need, costs.room, first="fewest", weights=weights, worth=worth)
 
     def _paying(self, step: Step, forest: Forest, drafted: float) -> int:
         """How many nodes pay for themselves, without regard to targets and prompts."""
@@ -147,14 +207,15 @@ class AdaServe:
         """The source and depth to draft; of those with which about as many requests keep their pace, the one that yields most."""
         pace = Pace(step.decoding, step.view.now, headroom=self._set.headroom)
         speed, aimed = pace.speed(self._set.horizon), np.isfinite(pace.target)
-        prefill = step.prefill_beside(step.room // 2)
         found: list[tuple[float, float, str, int]] = []
         for source in outlook.sources:
-            promised = forecast(step, source, self._set.deepest, width=self._set.width, prefill=prefill)
+            promised = forecast(step, source, self._set.deepest, width=self._set.width)
             kept = np.zeros(len(promised.rate))
             if self._set.slo_phase:
                 kept = promised.kept(speed, aimed & ~promised.hopeless(speed) if self._set.triage else aimed)
             found += [(float(k), float(r), source, d) for d, (k, r) in enumerate(zip(kept, promised.rate, strict=True))]
+        least = (1.0 - self._set.give) * max(rate for _, rate, *_ in found)
+        found = [f for f in found if f[1] >= least]
         enough = max(kept for kept, *_ in found) - self._set.tolerance * len(step.decoding)
         _, _, source, depth = max((f for f in found if f[0] >= enough), key=lambda f: f[1])
         return source, depth
