@@ -77,8 +77,8 @@ def test_a_change_of_the_drafts_quality_is_followed() -> None:
     for turn in range(300):
         good.verify(calibration, turn % 4)
     before = bad.error(calibration, 99)
-    for turn in range(400):
-        bad.verify(calibration, 10 + turn % 4)
+    for turn in range(1500):
+        bad.verify(calibration, 10 + turn % 100)  # new requests, whose offsets cannot explain it
     assert bad.error(calibration, 99) < before / 2
 
 

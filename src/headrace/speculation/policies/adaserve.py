@@ -9,6 +9,7 @@ are none.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from headrace.speculation.forest import Forest
 from headrace.speculation.pace import Pace, share_met
 from headrace.speculation.policies.step import Step, forecast, orders
 from headrace.speculation.select import Selection, best_yield, ladder, select
+
+T = TypeVar("T")
 
 SECOND_CHANCE = 4.0
 """A request that missed its time to first token is due again after so many times its target."""
@@ -41,6 +44,7 @@ class Settings:
         triage: False serves hopeless requests like any other: an ablation.
         tolerance: share of the requests that may lose their pace for a higher yield.
         give: share of the yield that targets may cost: what is lost now comes back as a longer queue for everybody.
+        give_for_all: the same where it brings everybody in time.
         forced_depth: least depth for requests that force speculation on.
     """
 
@@ -55,6 +59,7 @@ class Settings:
     triage: bool = True
     tolerance: float = 0.01
     give: float = 0.05
+    give_for_all: float = 0.3
     forced_depth: int = 4
 
 
@@ -145,10 +150,23 @@ class AdaServe:
                 chosen = self._spent(forest, costs, np.where(feasible, speed * took, 0.0), weights)
                 took = costs.milliseconds(chosen.total)
             choices.append((kept(chosen), chosen))
-        least = (1.0 - self._set.give) * costs.rate(forest, blind)
-        choices = [choice for choice in choices if costs.rate(forest, choice[1]) >= least]
-        enough = max(score for score, _ in choices) - self._set.tolerance * count
-        return next(chosen for score, chosen in choices if score >= enough)
+        rated = [(score, costs.rate(forest, chosen), chosen) for score, chosen in choices]
+        return self._affordable(rated, float(feasible.sum()), count)
+
+    def _affordable(self, choices: list[tuple[float, float, T]], everybody: float, count: int) -> T:
+        """Of (requests that keep their pace, yield, choice) the one to take.
+
+        Whatever brings everybody in time may cost much of the yield, for then there is no queue that it could lengthen. Otherwise
+        it may cost little, and goes to where it brings most.
+        """
+        slack = self._set.tolerance * count
+        best = max(rate for _, rate, _ in choices)
+        enough = [c for c in choices if c[0] >= everybody - slack and c[1] >= (1.0 - self._set.give_for_all) * best]
+        if not enough:
+            cheap = [c for c in choices if c[1] >= (1.0 - self._set.give) * best]
+            most = max(kept for kept, *_ in cheap)
+            enough = [c for c in cheap if c[0] >= most - slack]
+        return max(enough, key=lambda c: c[1])[2]
 
     def _spent(self, forest: Forest, costs: _Costs, need: Floats, weights: Floats) -> Selection:
         """Both phases: nodes that are owed, then nodes that pay, for those whose weight is not 0."""
@@ -207,15 +225,13 @@ class AdaServe:
         """The source and depth to draft; of those with which about as many requests keep their pace, the one that yields most."""
         pace = Pace(step.decoding, step.view.now, headroom=self._set.headroom)
         speed, aimed = pace.speed(self._set.horizon), np.isfinite(pace.target)
-        found: list[tuple[float, float, str, int]] = []
+        found: list[tuple[float, float, tuple[str, int]]] = []
+        everybody = 0.0
         for source in outlook.sources:
             promised = forecast(step, source, self._set.deepest, width=self._set.width)
             kept = np.zeros(len(promised.rate))
             if self._set.slo_phase:
-                kept = promised.kept(speed, aimed & ~promised.hopeless(speed) if self._set.triage else aimed)
-            found += [(float(k), float(r), source, d) for d, (k, r) in enumerate(zip(kept, promised.rate, strict=True))]
-        least = (1.0 - self._set.give) * max(rate for _, rate, *_ in found)
-        found = [f for f in found if f[1] >= least]
-        enough = max(kept for kept, *_ in found) - self._set.tolerance * len(step.decoding)
-        _, _, source, depth = max((f for f in found if f[0] >= enough), key=lambda f: f[1])
-        return source, depth
+                counted = aimed & ~promised.hopeless(speed) if self._set.triage else aimed
+                kept, everybody = promised.kept(speed, counted), float(counted.sum())
+            found += [(float(k), float(r), (source, d)) for d, (k, r) in enumerate(zip(kept, promised.rate, strict=True))]
+        return self._affordable(found, everybody, len(step.decoding))
