@@ -171,3 +171,48 @@ def test_parts_of_a_tree_stay_connected() -> None:
     assert part.parents.tolist() == [ROOT, 0, 1]
     with pytest.raises(ValueError, match="without its parent"):
         tree.part(np.array([0, 3], np.int32))
+
+
+def test_the_real_sampler_keeps_the_law() -> None:
+    """Chi-square of 30,000 verified answers of two tokens, with a penalty and a nucleus, against exact probabilities."""
+    import torch
+    from tests.engine import naive
+
+    from headrace.core.protocols import StepResult
+    from headrace.core.request import SamplingParams
+    from headrace.engine.sampling import Draw, TorchSampler, stream_key
+
+    drawn = random.Random(5)
+    rows = [
+        [drawn.gauss(0.0, 1.2) for _ in range(6)] for _ in range(1 + 6)
+    ]  # after the root, and after each first token
+    tree = DraftTree.of([2, 4, 2, 1], [ROOT, ROOT, 0, 1], [0.5] * 4)
+    params = SamplingParams(temperature=0.9, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.3)
+    logits = torch.tensor([rows[0], *(rows[1 + token] for token in (2, 4, 0, 0))])
+    sampler, prompt = TorchSampler(), (1, 3)
+    count = 30_000
+    seen: dict[tuple[int, ...], float] = {}
+    for answer in range(count):
+        output: list[int] = []
+
+        def draw(node: int, seed: int = stream_key(answer), output: list[int] = output) -> int:
+            drawn = Draw(node + 1, params, seed, len(output), prompt, output)
+            (outcome,) = sampler.sample(StepResult(logits), [drawn])
+            output.append(outcome.token)
+            return outcome.token
+
+        tokens, _ = verify(tree, draw, lambda token: token)
+        seen[tuple(tokens[:2])] = seen.get(tuple(tokens[:2]), 0) + 1
+    first = naive.distribution(naive.processed(rows[0], params, prompt), params)
+    expected: dict[tuple[int, ...], float] = {}
+    for token, p in enumerate(first):
+        if token not in (2, 4):
+            expected[(token,)] = p
+            continue
+        second = naive.distribution(naive.processed(rows[1 + token], params, prompt, [token]), params)
+        for after, q in enumerate(second):
+            expected[token, after] = p * q
+    assert set(seen) <= {text for text, p in expected.items() if p > 0}
+    chi = sum((seen.get(t, 0) - count * p) ** 2 / (count * p) for t, p in expected.items() if p > 0)
+    degrees = sum(p > 0 for p in expected.values()) - 1
+    assert chi < degrees + 5 * (2 * degrees) ** 0.5

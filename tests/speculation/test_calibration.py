@@ -41,7 +41,10 @@ class World:
     def error(self, calibration: OnlineCalibration, sequence: int) -> float:
         """Largest error of a calibrated probability over what is stated."""
         return max(
-            abs(calibration.calibrated(sequence, DraftTree.chain([1], [q], "draft")).probabilities[0] - self.truth(sequence, q))
+            abs(
+                calibration.calibrated(sequence, DraftTree.chain([1], [q], "draft")).probabilities[0]
+                - self.truth(sequence, q)
+            )
             for q in np.linspace(0.3, 0.97, 20).tolist()
         )
 

@@ -74,7 +74,11 @@ def finished(engine: SimulatedEngine, jobs: list[Request]) -> dict[str, RequestT
     return timings
 
 
-MIXED = [job(f"u{i}", 15.0) for i in range(6)] + [job(f"c{i}", 30.0) for i in range(6)] + [job(f"s{i}", 90.0) for i in range(6)]
+MIXED = (
+    [job(f"u{i}", 15.0) for i in range(6)]
+    + [job(f"c{i}", 30.0) for i in range(6)]
+    + [job(f"s{i}", 90.0) for i in range(6)]
+)
 
 
 @pytest.mark.parametrize("off", [0.7, 1.0, 1.3])

@@ -53,7 +53,9 @@ class Forecast:
         most = np.zeros(len(self.rate))
         for took in (self.took, self._drafting + self._passes[0]):
             for _ in range(2):
-                took = np.maximum(took, self._drafting + np.interp(self._owed(speed, took, counted), self._sizes, self._passes))
+                took = np.maximum(
+                    took, self._drafting + np.interp(self._owed(speed, took, counted), self._sizes, self._passes)
+                )
             most = np.maximum(most, share_met(self.reach, speed[None, :] * took[:, None], counted))
         return most
 

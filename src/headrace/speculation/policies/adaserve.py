@@ -233,5 +233,7 @@ class AdaServe:
             if self._set.slo_phase:
                 counted = aimed & ~promised.hopeless(speed) if self._set.triage else aimed
                 kept, everybody = promised.kept(speed, counted), float(counted.sum())
-            found += [(float(k), float(r), (source, d)) for d, (k, r) in enumerate(zip(kept, promised.rate, strict=True))]
+            found += [
+                (float(k), float(r), (source, d)) for d, (k, r) in enumerate(zip(kept, promised.rate, strict=True))
+            ]
         return self._affordable(found, everybody, len(step.decoding))
