@@ -235,3 +235,17 @@ def test_compiled_code_is_found_again() -> None:
     again = compile_prepare(cache=True)
     assert sum(again.stats.cache_hits.values()) == 1
     assert not again.stats.cache_misses
+
+
+@pytest.mark.parametrize("prefix", ["Glm", "Glm4", "Ernie4_5", "Arcee", "Olmo3", "Helium"])
+def test_interleaved_and_partial_rotation_plain_mlps_and_other_places_of_norms(prefix: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{prefix}Config")(**tiny._BASE)
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    expected = run(make(prefix, "module", module), script())
+    runner = make(prefix, "native", module)
+    assert stack_of(runner).native_layers == [0, 1, 2]
+    for found, want in zip(run(runner, script()), expected, strict=True):
+        assert (found - want).abs().max() <= TOLERANCE * want.abs().max().clamp_min(1.0)

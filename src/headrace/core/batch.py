@@ -123,13 +123,14 @@ def ancestor_words(parents: Ints) -> Ints:
         ValueError: when a parent does not come before its child.
     """
     n = len(parents)
-    words = np.zeros((n, (n + WORD_BITS - 1) // WORD_BITS), np.uint32)
+    seen: list[int] = []  # per row its bits as one number: a tree is short, and numpy dear for single rows
     for row, parent in enumerate(parents.tolist()):
         if not -1 <= parent < row:
             raise ValueError(f"parents[{row}] is {parent}: a parent must come before its child (or be -1)")
-        if parent >= 0:
-            words[row] = words[parent]
-        words[row, row // WORD_BITS] |= np.uint32(1 << (row % WORD_BITS))
+        seen.append(1 << row | (seen[parent] if parent >= 0 else 0))
+    words = np.empty((n, (n + WORD_BITS - 1) // WORD_BITS), np.uint32)
+    for word in range(words.shape[1]):
+        words[:, word] = [bits >> word * WORD_BITS & 0xFFFFFFFF for bits in seen]
     return words.view(np.int32)
 
 

@@ -19,20 +19,24 @@ class EngineConfig:
     """Everything needed to build an engine.
 
     Attributes:
-        model: a local folder, a hub name, or "bundled" for the pair that ships with headrace. served_name: the name
-        clients use; the model's own by default. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto",
-        "cpu", "cuda" or "cuda:0". attention: "auto" or a backend's name ("reference", "numba", "triton"). linears:
-        "auto", "module" (the checkpoint's own) or "native" (compiled skinny kernels). policy: a registered policy's
-        name. draft: where drafts come from, for policies that speculate: "auto" (the draft that ships with the
-        bundled model, and n-grams), "ngram",
-            "off", or a checkpoint with the model's vocabulary, as a local folder or a hub name.
-        limits: bounds of a step. quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
-        kv_gib: GiB for K and V; None takes a share of the free memory. kv_cache_dtype: "auto" (the model's dtype) or
-        "int8", which holds nearly four times the tokens of float32. max_context: longest prompt plus output in
-        tokens; None takes the model's own. prefix_cache: share the K and V of equal prefixes between requests.
-        max_queue: waiting requests above which new ones are refused. trust_remote_code: run Python code that comes
-        with a checkpoint. profile: what steps cost: "auto" (as stored, else measured, which holds the start up for
-        some seconds), "measure" (anew), "off",
+        model: a local folder, a hub name, or "bundled" for the pair that ships with headrace.
+        served_name: the name clients use; the model's own by default.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:0".
+        attention: "auto" or a backend's name ("reference", "numba", "triton").
+        linears: "auto", "module" (the checkpoint's own) or "native" (compiled kernels, in one call per step where the layers allow it).
+        policy: a registered policy's name.
+        draft: where drafts come from, for policies that speculate: "auto" (the draft that ships with the bundled
+            model, and n-grams), "ngram", "off", or a checkpoint with the model's vocabulary, as a folder or a hub name.
+        limits: bounds of a step.
+        quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
+        kv_gib: GiB for K and V; None takes a share of the free memory.
+        kv_cache_dtype: "auto" (the model's dtype) or "int8", which holds nearly four times the tokens of float32.
+        max_context: longest prompt plus output in tokens; None takes the model's own.
+        prefix_cache: share the K and V of equal prefixes between requests.
+        max_queue: waiting requests above which new ones are refused.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        profile: what steps cost: "auto" (as stored, else measured, which holds the start up for some seconds), "measure" (anew), "off",
             or the file to keep it in. ``HEADRACE_PROFILE`` where it is set, else "auto".
         enforce_eager: launch every kernel of every step on GPUs, rather than replay captured ones.
         tp: ranks that share every layer of the model (tensor parallelism): one GPU each, or on the CPU one process each.

@@ -150,10 +150,14 @@ class Engine:
             self.observer.report(stats)
         return stats
 
-    def close(self) -> None:
-        """Abort everything that is open, and let go of what the runner holds beyond this process."""
+    def abort_all(self) -> None:
+        """Abort everything that is open."""
         for request_id in list(self._requests):
             self.cancel(request_id)
+
+    def close(self) -> None:
+        """Abort everything that is open, and let go of what the runner holds beyond this process."""
+        self.abort_all()
         if isinstance(self.runner, Closeable):
             self.runner.close()
         if self.observer is not None:
