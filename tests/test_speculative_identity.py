@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 from tests import tiny
+from tests.engine import naive
 
 from headrace.core.batch import Packer, StepShape
 from headrace.core.outputs import TokenLogprobs
@@ -21,6 +22,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.grammar import GrammarCompiler
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies.chunked import Chunked
+from headrace.engine.rng import stream_key, uniform
 from headrace.engine.sampling import TorchSampler
 from headrace.models.beam import likeliest
 from headrace.models.runner import ModelRunner
@@ -31,6 +33,8 @@ from headrace.speculation.ngram import NGramDrafter
 from headrace.speculation.policies import POLICIES
 
 NEW = 24
+TIE = 1e-4
+"""A divergence is excused only this close to a border: of the drawn number's interval, or between the two best logits."""
 
 
 class Line:
@@ -175,15 +179,35 @@ def draft_model(family: str) -> ModelDrafter:
 
 
 def check(family: str, got: list[Answer], count: int) -> None:
-    different = [
-        i for i, (mine, wanted) in enumerate(zip(got, plain(family, count), strict=True)) if mine[0] != wanted[0]
-    ]
-    assert different == []
-    for (tokens, logprobs, reason), (_, wanted, end) in zip(got, plain(family, count), strict=True):
-        assert reason == end
-        assert [p.token for p in logprobs] == (tokens if wanted else [])
-        assert [p.logprob for p in logprobs] == pytest.approx([p.logprob for p in wanted], abs=1e-4)
-        assert [p.rank for p in logprobs] == [p.rank for p in wanted]
+    """Everything is as without drafts; a divergence is excused at a tie, which one in a hundred answers may meet."""
+    ties = 0
+    for number, (mine, wanted) in enumerate(zip(got, plain(family, count), strict=True)):
+        tokens, logprobs, reason = mine
+        if tokens != wanted[0]:
+            at = next(i for i, (one, other) in enumerate(zip(tokens, wanted[0], strict=False)) if one != other)
+            distance = border(family, number, count, wanted[0][:at])
+            assert distance <= TIE, f"answer {number} diverges at token {at}, {distance:.1e} from a border"
+            ties += 1
+            continue
+        assert reason == wanted[2]
+        assert [p.token for p in logprobs] == (tokens if wanted[1] else [])
+        assert [p.logprob for p in logprobs] == pytest.approx([p.logprob for p in wanted[1]], abs=1e-4)
+        assert [p.rank for p in logprobs] == [p.rank for p in wanted[1]]
+    print(f"{ties} of {count} answers diverge at a tie")
+    assert ties <= count / 100
+
+
+def border(family: str, number: int, count: int, output: list[int]) -> float:
+    """How near the next draw is to another outcome, in float64: the gap of the best two, or the distance to the interval's border."""
+    asked, prompt = params(number), prompts(count)[number]
+    with torch.no_grad():
+        raw = tiny.build(family, "eager").double()(torch.tensor([[*prompt, *output]]), use_cache=False).logits[0, -1]
+    banned = model(family).card.stop_ids if len(output) < asked.min_tokens and not asked.ignore_eos else ()
+    row = naive.processed(raw.tolist(), asked, prompt, output, banned)
+    if asked.temperature == 0:
+        best, second = sorted(row, reverse=True)[:2]
+        return best - second
+    return naive.pick(naive.distribution(row, asked), uniform(stream_key(number), len(output)))[1]
 
 
 @pytest.mark.parametrize("spoil", [0.0, 0.4, 1.0])

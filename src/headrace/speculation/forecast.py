@@ -33,16 +33,17 @@ class Forecast:
         self._sizes = np.array(ladder(0, max(0, min(room, deepest * count))))
         self._passes = np.array([milliseconds(int(size)) for size in self._sizes])
         self.reach: Floats = np.concatenate([np.ones((1, count)), 1.0 + np.cumsum(chances, axis=0)])
-        self.rate: Floats = np.empty(deepest + 1)
-        self.took: Floats = np.empty(deepest + 1)
-        for depth in range(deepest + 1):
-            gains = -np.sort(-chances[:depth].ravel())
-            tokens = count + np.concatenate([[0.0], np.cumsum(gains)])
-            known = self._sizes[self._sizes <= len(gains)]
-            spent = drafting[depth] + self._passes[: len(known)]
-            yields = tokens[known] / spent
-            best = int(yields.argmax())
-            self.rate[depth], self.took[depth] = yields[best], spent[best]
+        best = np.argsort(-chances.ravel())
+        layers, gains = best // max(count, 1), chances.ravel()[best]
+        # One row for each depth: the nodes it has, likeliest first, and those it has not at a gain of nothing.
+        has = layers[None, :] < np.arange(deepest + 1)[:, None]
+        nodes = np.concatenate([np.zeros((deepest + 1, 1), np.int64), np.cumsum(has, axis=1)], axis=1)
+        tokens = count + np.concatenate([np.zeros((deepest + 1, 1)), np.cumsum(has * gains, axis=1)], axis=1)
+        spent = drafting[:, None] + np.interp(nodes, self._sizes, self._passes)
+        yields = np.where(nodes <= self._sizes[-1], tokens / spent, 0.0)
+        place = yields.argmax(axis=1)[:, None]
+        self.rate: Floats = np.take_along_axis(yields, place, 1)[:, 0]
+        self.took: Floats = np.take_along_axis(spent, place, 1)[:, 0]
 
     def kept(self, speed: Floats, counted: NDArray[np.bool_]) -> Floats:
         """float64[D + 1]: how near the ``counted`` requests come to the tokens a millisecond they need, 1 each at most, summed.

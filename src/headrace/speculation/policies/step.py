@@ -37,6 +37,7 @@ class Step:
         self.decoding = [s for s in ordered if not in_prefill(s)][: view.limits.max_step_tokens]
         self.prompts = [s for s in ordered if in_prefill(s)]
         self._context = sum(s.context for s in self.decoding)
+        self._known: dict[tuple[int, int], float] = {}
 
     @property
     def room(self) -> int:
@@ -45,6 +46,12 @@ class Step:
 
     def milliseconds(self, nodes: int, prefill: int = 0) -> float:
         """What the target's pass costs with so many draft nodes and prompt tokens in it."""
+        known = self._known.get((nodes, prefill))
+        if known is None:
+            known = self._known[nodes, prefill] = self._cost(nodes, prefill)
+        return known
+
+    def _cost(self, nodes: int, prefill: int) -> float:
         roots = len(self.decoding)
         rows = roots + nodes
         if self.view.profile is None:
