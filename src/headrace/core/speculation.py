@@ -199,11 +199,13 @@ class Outlook:
     """What a policy may expect of drafts.
 
     Attributes:
-        sources: names of the drafters, the best first.
+        sources: names of the drafters that cost something, the best first; of the free ones where there is no other.
         drafts: what drafting costs.
         calibration: what becomes of drafts.
+        free: names of the drafters that cost nothing. They are asked before any other; a plan names one where no other pays.
     """
 
     sources: tuple[str, ...]
     drafts: DraftCosts
     calibration: Calibration
+    free: tuple[str, ...] = ()

@@ -39,7 +39,9 @@ class Drafting:
         self._drafters = {drafter.name: drafter for drafter in drafters}
         self._calibration = calibration
         self._made: dict[int, DraftTree] = {}
-        self.outlook = Outlook(tuple(self._drafters), costs, calibration)
+        free = tuple(drafter.name for drafter in drafters if drafter.free)
+        paid = tuple(drafter.name for drafter in drafters if not drafter.free)
+        self.outlook = Outlook(paid or free, costs, calibration, free)
 
     def draft(self, plan: DraftPlan, running: Mapping[int, Sequence]) -> dict[int, DraftTree]:
         """Trees for the sequences the plan names that decode and can use one, with calibrated probabilities."""

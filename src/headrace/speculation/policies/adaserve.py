@@ -103,12 +103,16 @@ class AdaServe:
         if view.outlook is None or not step.decoding:
             return DraftPlan()
         source, depth = self._depth(step, view.outlook)
+        if not depth and view.outlook.free:
+            source, depth = view.outlook.free[0], self._set.deepest
         depths = [max(depth, self._set.forced_depth) if s.speculate else depth for s in step.decoding]
         return DraftPlan(orders(step.decoding, source, depths, self._set.width))
 
     def plan(self, view: View) -> StepPlan:
         """Prompt tokens bounded by slack, nodes for those behind, and nodes that pay."""
         step = Step(view, lambda s: self._urgency(view, s))
+        if not step.prompts and not view.candidates:
+            return step.plain(0)
         forest = step.forest()
         drafted = step.drafted(self._set.width)
         pays = self._paying(step, forest, drafted)
@@ -230,7 +234,7 @@ class AdaServe:
         for source in outlook.sources:
             promised = forecast(step, source, self._set.deepest, width=self._set.width)
             kept = np.zeros(len(promised.rate))
-            if self._set.slo_phase:
+            if self._set.slo_phase and aimed.any():
                 counted = aimed & ~promised.hopeless(speed) if self._set.triage else aimed
                 kept, everybody = promised.kept(speed, counted), float(counted.sum())
             found += [
