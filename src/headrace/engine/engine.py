@@ -6,7 +6,6 @@ It knows nothing of texts, sockets or processes, and meets the model only as a :
 
 from __future__ import annotations
 
-import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
 from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
+from headrace.engine.assembly import Assembled, assemble
 from headrace.engine.drafting import Drafting
 from headrace.engine.head import Head
 from headrace.engine.kv import KVSpace
@@ -31,7 +31,7 @@ from headrace.engine.sequence import Sequence
 from headrace.engine.verify import settled
 
 if TYPE_CHECKING:
-    from headrace.core.batch import Ints, StepShape
+    from headrace.core.batch import StepShape
     from headrace.core.speculation import DraftTree
 
 _NONE = np.empty(0, np.int32)
@@ -228,53 +228,8 @@ class Engine:
 
     # ---- assembling a step -----------------------------------------------------------------------------------
 
-    def _assemble(self, plan: StepPlan) -> tuple[list[Segment], list[Sequence], list[DraftTree | None]]:
-        segments: list[Segment] = []
-        scheduled: list[Sequence] = []
-        served: set[int] = set()
-        for number, tokens in plan.chunks:
-            sequence = self._running.get(number)
-            if sequence is None:  # preempted for one that came before it
-                continue
-            slots = self._room(sequence, min(tokens, sequence.pending), served, plan)
-            if len(slots):
-                served.add(number)
-                sequence.hold(slots)
-                segments.append(sequence.segment(slots))
-                scheduled.append(sequence)
-        trees: list[DraftTree | None] = [None] * len(segments)
-        if plan.nodes and self.drafting is not None:
-            for place, sequence in enumerate(scheduled):
-                nodes = plan.nodes.get(sequence.id)
-                if nodes is not None and sequence.pending == 1 and sequence.output:
-                    trees[place] = self._hang(self.drafting, nodes, segments, place, sequence)
-        return segments, scheduled, trees
-
-    def _hang(
-        self, drafting: Drafting, nodes: Ints, segments: list[Segment], place: int, sequence: Sequence
-    ) -> DraftTree | None:
-        """Hang a draft below a sequence's row, as far as slots go: drafts preempt nobody."""
-        tree = drafting.chosen(sequence.id, nodes[: self.space.available])
-        if tree is None:
-            return None
-        slots = self.space.reserve(len(tree))
-        assert slots is not None
-        segments[place] = sequence.tree_segment(np.concatenate([segments[place].write_slots, slots]), tree)
-        return tree
-
-    def _room(self, sequence: Sequence, count: int, served: set[int], plan: StepPlan) -> Ints:
-        """Slots for ``count`` tokens of ``sequence``; fewer, perhaps none, when there is nobody left to preempt for it.
-
-        It may preempt those who go before it in the plan's order of victims, but nobody who is in this step already.
-        """
-        before = itertools.takewhile(lambda number: number != sequence.id, plan.victims)
-        while (slots := self.space.reserve(count)) is None:
-            victim = next((v for v in before if v in self._running and v not in served), None)
-            if victim is None:
-                slots = self.space.reserve(min(count, self.space.available))
-                return _NONE if slots is None else slots
-            self._preempt(self._running[victim])
-        return slots
+    def _assemble(self, plan: StepPlan) -> Assembled:
+        return assemble(plan, self._running, self.space, self.drafting, self._preempt)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; what nobody overwrites of its K and V is found again later."""
@@ -305,9 +260,11 @@ class Engine:
         self._stats.count_forward(result.forward_s, batch.shape)
         heads = self._heads(segments, scheduled, trees)
         going = heads
-        while going:  # a round draws one token for each: all of them, then those whose drafts have carried it
+        while True:  # a round draws one token for each: all of them, then those whose drafts have carried it
             outcomes = self.sampler.sample(result, [head.draw() for head in going])
             going = [head for head, outcome in zip(going, outcomes, strict=True) if head.take(outcome)]
+            if not going:
+                break
         now = self.clock.now()
         for head in heads:
             self._keep(head)

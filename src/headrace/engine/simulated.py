@@ -17,7 +17,7 @@ from headrace.core.clock import VirtualClock
 from headrace.core.outputs import SequenceDelta
 from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan
 from headrace.core.protocols import ModelCard, Profile, StepResult
-from headrace.core.speculation import DraftTree
+from headrace.engine.assembly import Assembled
 from headrace.engine.cohort import Cohort, CohortSequence, PromisingPool
 from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
@@ -214,7 +214,7 @@ class SimulatedEngine(Engine):
 
     # ---- one step, of the cohort and of others ---------------------------------------------------------------
 
-    def _assemble(self, plan: StepPlan) -> tuple[list[Segment], list[EngineSequence], list[DraftTree | None]]:
+    def _assemble(self, plan: StepPlan) -> Assembled:
         """As every engine; a cohort that runs whole, or not at all, needs no segments."""
         self._due = []
         if not self._cohort:
