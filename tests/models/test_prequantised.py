@@ -160,7 +160,9 @@ def test_a_missing_package_is_named(method: str, package: str, tmp_path: Path) -
 
 def test_an_unknown_method_is_refused_and_not_overlooked(tmp_path: Path) -> None:
     describe(tiny.tokenizer(tiny.checkpoint("llama", tmp_path)), {"quant_method": "newest"})
-    with pytest.raises(UnsupportedModel, match=r"quantised with newest.*does not know the method.*quantize int8 or nf4"):
+    with pytest.raises(
+        UnsupportedModel, match=r"quantised with newest.*does not know the method.*quantize int8 or nf4"
+    ):
         load(str(tmp_path), device="cpu")
 
 
