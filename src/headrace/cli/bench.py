@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headrace.cli import serve_bench
+from headrace.cli.adaserve import adaserve
 from headrace.cli.make_model import make_model
 from headrace.cli.peers import peers
 from headrace.cli.simulate import simulate
@@ -18,6 +19,7 @@ bench = typer.Typer(
 )
 
 bench.command()(simulate)
+bench.command()(adaserve)
 bench.command("make-model")(make_model)
 bench.command()(serve_bench.serve)
 bench.command()(serve_bench.soak)
@@ -108,13 +110,14 @@ def quality(
 @bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench import engine, gpu, make_model, quality, serve, simulate, soak
+    from headrace.bench import adaserve, engine, gpu, make_model, quality, serve, simulate, soak
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
     different = recheck(
         file,
         {
+            "adaserve": adaserve.claims,
             "engine": engine.claims,
             "gpu": gpu.claims,
             "simulate": simulate.claims,

@@ -52,7 +52,7 @@ class Launch:
         Raises:
             HeadraceError: no such policy, or a model on this machine that is missing or incomplete.
         """
-        from headrace.engine.policies import get_policy
+        from headrace.compose import get_policy
         from headrace.models import checkpoint, hub
 
         get_policy(self.config.policy)

@@ -51,7 +51,7 @@ class Segment:
 class StepShape:
     """The size of a step, the key under which its cost is measured.
 
-    ``prefill_tokens`` belong to segments longer than one row that are not trees, ``decode_tokens`` to the rest;
+    ``prefill_tokens`` belong to segments longer than one row that verify no draft, ``decode_tokens`` to the rest;
     ``context`` is the sum of context lengths and ``attended`` the number of (query row, key) pairs before masking.
     """
 
@@ -211,7 +211,7 @@ def step_shape(segments: Sequence[Segment]) -> StepShape:
     prefill = decode = context = attended = 0
     for segment in segments:
         rows, held = len(segment.tokens), len(segment.context_slots)
-        if rows > 1 and segment.parents is None:
+        if rows > 1 and segment.parents is None and segment.purpose != "verify":
             prefill += rows
         else:
             decode += rows

@@ -26,6 +26,8 @@ class EngineConfig:
         attention: "auto" or a backend's name ("reference", "numba", "triton").
         linears: "auto", "module" (the checkpoint's own) or "native" (compiled kernels, in one call per step where the layers allow it).
         policy: a registered policy's name.
+        draft: where drafts come from, for policies that speculate: "auto" (the draft that ships with the bundled
+            model, and n-grams), "ngram", "off", or a checkpoint with the model's vocabulary, as a folder or a hub name.
         limits: bounds of a step.
         quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
         kv_gib: GiB for K and V; None takes a share of the free memory.
@@ -49,6 +51,7 @@ class EngineConfig:
     linears: str = "auto"
     quantize: str | None = None
     policy: str = "chunked"
+    draft: str = "auto"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None
     kv_cache_dtype: str = "auto"

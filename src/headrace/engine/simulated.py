@@ -15,13 +15,17 @@ import numpy as np
 from headrace.core.batch import Batch, Packer, Segment, StepShape, step_shape
 from headrace.core.clock import VirtualClock
 from headrace.core.outputs import SequenceDelta
-from headrace.core.policy import Limits, Policy, StepPlan
+from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan
 from headrace.core.protocols import ModelCard, Profile, StepResult
+from headrace.engine.assembly import Assembled
 from headrace.engine.cohort import Cohort, CohortSequence, PromisingPool
+from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
+from headrace.engine.head import Head
 from headrace.engine.kv import KVSpace
 from headrace.engine.sampling import Draw, Sampled
 from headrace.engine.sequence import Sequence as EngineSequence
+from headrace.engine.simulated_drafts import SimulatedDrafter, SimulatedSpeculation
 
 VOCAB = 32_000
 
@@ -98,6 +102,7 @@ class SimulatedEngine(Engine):
         slots: tokens whose K and V fit the simulated memory.
         context: longest prompt plus output.
         prefix_cache: share the K and V of equal prefixes.
+        speculation: drafts for policies that speculate; None has none.
         stretch: whether steps are taken ahead, as far as the policy's ``steady`` allows.
 
     Attributes:
@@ -117,6 +122,7 @@ class SimulatedEngine(Engine):
         slots: int = 1 << 17,
         context: int = 1 << 14,
         prefix_cache: bool = False,
+        speculation: SimulatedSpeculation | None = None,
         stretch: bool = True,
     ) -> None:
         pool = PromisingPool(slots)
@@ -129,13 +135,30 @@ class SimulatedEngine(Engine):
             limits=limits,
             clock=clock,
             profile=profile,
+            drafting=None if speculation is None else self._drafting(speculation, clock),
         )
         self._packer: ShapePacker = ShapePacker()
         self._pool, self._cohort = pool, Cohort(pool)
         self._due: list[int] = []
         self._profile, self._virtual = profile, clock
-        self._steady = getattr(policy, "steady", "unqueued") if stretch else "never"
+        drafts = speculation is not None and isinstance(policy, DraftingPolicy)
+        self._steady = getattr(policy, "steady", "unqueued") if stretch and not drafts else "never"
         self.quiet_until = math.inf
+
+    def _drafting(self, speculation: SimulatedSpeculation, clock: VirtualClock) -> Drafting:
+        drafters = [
+            SimulatedDrafter(
+                name,
+                model,
+                speculation.costs,
+                clock,
+                find=lambda number: self._running[number],
+                truth=lambda sequence: _token(sequence.draw_key, sequence.stop_ids),
+                vocab_size=VOCAB,
+            )
+            for name, model in speculation.models.items()
+        ]
+        return Drafting(drafters, speculation.calibration, speculation.costs)
 
     def step(self) -> list[SequenceDelta]:
         """Run one step, or as many as follow from it."""
@@ -191,7 +214,7 @@ class SimulatedEngine(Engine):
 
     # ---- one step, of the cohort and of others ---------------------------------------------------------------
 
-    def _assemble(self, plan: StepPlan) -> tuple[list[Segment], list[EngineSequence]]:
+    def _assemble(self, plan: StepPlan) -> Assembled:
         """As every engine; a cohort that runs whole, or not at all, needs no segments."""
         self._due = []
         if not self._cohort:
@@ -228,7 +251,9 @@ class SimulatedEngine(Engine):
             lag = self._cohort.leave(sequence)
             token = _token(sequence.draw_key, sequence.stop_ids)
             sequence.extend([token] * (lag - 1))
-            self.commit(sequence, [Sampled(token)], self._cohort.last)
+            head = Head(sequence, 0)
+            head.take(Sampled(token))
+            self.commit(head, self._cohort.last)
             self._deltas[-1].tokens = [token] * lag
 
     def _leave(self, sequence: CohortSequence) -> None:

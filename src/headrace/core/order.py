@@ -1,4 +1,4 @@
-"""Orders and admission that the baseline policies share."""
+"""Orders and admission that policies share. Pure functions of the view."""
 
 from __future__ import annotations
 
