@@ -18,11 +18,11 @@ from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import TorchSampler
 from headrace.engine.sequence import Sequence
-from headrace.models.hub import resolve
-from headrace.models.linear import choose_linears
+from headrace.models.cache.slots import SlotPool
+from headrace.models.checkpoints.hub import resolve
+from headrace.models.fused.linear import choose_linears
 from headrace.models.load import load
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 from headrace.native import build as native
 
 NEW = 24

@@ -25,8 +25,8 @@ from headrace.engine.policies.chunked import Chunked
 from headrace.engine.rng import stream_key, uniform
 from headrace.engine.sampling import TorchSampler
 from headrace.models.beam import likeliest
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 from headrace.speculation.calibration import OnlineCalibration
 from headrace.speculation.model_drafter import ModelDrafter
 from headrace.speculation.ngram import NGramDrafter

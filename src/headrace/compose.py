@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard, Quality, Runner
     from headrace.engine.drafting import Drafting
     from headrace.engine.engine import Engine
+    from headrace.models.cache.slots import SlotPool
     from headrace.models.loaded import LoadedModel
     from headrace.models.parallel.ranks import Lost, Ranks
     from headrace.models.quality import Reading
-    from headrace.models.slots import SlotPool
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: L
     """
     import torch
 
+    from headrace.models.cache.planes import is_int8
+    from headrace.models.fused.quantise import check_method
     from headrace.models.load import load
-    from headrace.models.planes import is_int8
-    from headrace.models.quantise import check_method
 
     get_policy(config.policy)  # a wrong name shall not cost a load
     check_method(config.quantize)
@@ -74,9 +74,9 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
     from headrace.engine.profiled import attach_profile
     from headrace.engine.sampling import TorchSampler
     from headrace.models.budget import kv_slots
-    from headrace.models.linear import choose_linears
+    from headrace.models.cache.slots import SlotPool
+    from headrace.models.fused.linear import choose_linears
     from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
 
     before = None if ranks else _before_quantising(model, config)
     choose_linears(model, config.linears, config.quantize)

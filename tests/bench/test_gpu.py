@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headrace.bench import gpu
-from headrace.bench.shapes import SHAPES, Shape
+from headrace.bench.checkpoints.shapes import SHAPES, Shape
 from headrace.core.errors import InvalidRequest
 
 SMALL = gpu.GpuBench(shape="tiny", device="cpu", prompt=9, new=4, batches=(1, 2), contexts=(16,), repeats=1)

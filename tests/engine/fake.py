@@ -20,7 +20,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import Draw, Sampled, stream_key
-from headrace.models.slots import SlotPool
+from headrace.models.cache.slots import SlotPool
 
 VOCAB = 97
 EOS = 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from tests.engine.test_simulated import engine, request
 
-from headrace.bench.replay import START, Replay
+from headrace.bench.simulation.replay import START, Replay
 from headrace.core.clock import VirtualClock
 from headrace.core.policy import StepPlan, View
 from headrace.engine.cohort import PromisingPool
 from headrace.engine.policies.chunked import Chunked
-from headrace.models.slots import OutOfSlots
+from headrace.models.cache.slots import OutOfSlots
 
 
 def test_promised_slots_are_not_free_and_are_kept() -> None:

@@ -12,9 +12,9 @@ from tests import tiny
 from tests.models.packing import Fed, feed, ints, random_tree, scattered
 
 from headrace.core.batch import Packer
+from headrace.models.cache.slots import SlotPool
 from headrace.models.graphs import Capture, CudaCapture
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [

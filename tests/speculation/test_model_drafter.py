@@ -13,8 +13,8 @@ from headrace.core.errors import OutOfMemory
 from headrace.core.protocols import StepResult
 from headrace.core.speculation import DraftJob, DraftTree
 from headrace.models.beam import likeliest
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 from headrace.speculation.model_drafter import ModelDrafter
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bench import metrics
-from headrace.bench.machines import get_machine
-from headrace.bench.published import FIGURE_8, GOODPUT_AT_MOST, PUBLISHED_NAMES
-from headrace.bench.replay import START, Replay
 from headrace.bench.results import Result, new_result
 from headrace.bench.results import Rows as ResultRows
-from headrace.bench.traces import load_trace
-from headrace.bench.workload import Arrival, requests, rescaled, truncated
+from headrace.bench.simulation.machines import get_machine
+from headrace.bench.simulation.published import FIGURE_8, GOODPUT_AT_MOST, PUBLISHED_NAMES
+from headrace.bench.simulation.replay import START, Replay
+from headrace.bench.workloads.arrivals import Arrival, requests, rescaled, truncated
+from headrace.bench.workloads.traces import load_trace
 from headrace.compose import get_policy
 from headrace.core.batch import StepShape
 from headrace.core.clock import VirtualClock

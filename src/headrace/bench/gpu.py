@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from headrace.bench.checkpoints.shapes import SHAPES, Shape
 from headrace.bench.results import Result, Rows, new_result
-from headrace.bench.shapes import SHAPES, Shape
 from headrace.core.batch import Packer, Segment
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
@@ -43,7 +43,7 @@ class GpuBench:
     """What to measure.
 
     Attributes:
-        shape: a name of :data:`headrace.bench.shapes.SHAPES`; weights are random.
+        shape: a name of :data:`headrace.bench.checkpoints.shapes.SHAPES`; weights are random.
         device: "cuda"; "cpu" runs the same code without Triton and graphs, to see that it runs.
         prompt, new: tokens per prompt and answer.
         batches: sequences decoded together.
@@ -317,9 +317,9 @@ def _headrace(bench: GpuBench, *, graphs: bool) -> Iterator[Generate]:
     from headrace.engine.kv import KVSpace
     from headrace.engine.policies import get_policy
     from headrace.engine.sampling import TorchSampler
+    from headrace.models.cache.slots import SlotPool
     from headrace.models.loaded import LoadedModel
     from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
 
     module = _module(bench)
     card = ModelCard(f"random-{bench.shape}", "", CONTEXT, module.config.vocab_size, stop_ids=())

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.bench import simreal
-from headrace.bench.loads import Load, Lone, Model, drawn_load, recorded_load
+from headrace.bench.openloop.loads import Load, Lone, Model, drawn_load, recorded_load
+from headrace.bench.openloop.served import Served
+from headrace.bench.openloop.sweep import Pace, Sweep, by_point, figures
+from headrace.bench.openloop.systems import HTTPSystem, SessionSystem, System
 from headrace.bench.results import Result, new_result
-from headrace.bench.served import Served
-from headrace.bench.simprofile import measured_profile, simulation_pace
-from headrace.bench.sweep import Pace, Sweep, by_point, figures
-from headrace.bench.systems import HTTPSystem, SessionSystem, System
+from headrace.bench.simulation import against_real as simreal
+from headrace.bench.simulation.profile import measured_profile, simulation_pace
 from headrace.core.config import EngineConfig
 from headrace.core.errors import HeadraceError, InvalidRequest
 
 if TYPE_CHECKING:
-    from headrace.bench import decode
+    from headrace.bench.closedloop import decode
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -125,7 +125,7 @@ def run(
 
 
 def _closed(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> None:
-    from headrace.bench import decode
+    from headrace.bench.closedloop import decode
 
     closed = setting.closed or decode.Setting(folder=setting.peers, threads=setting.threads, seed=setting.seed)
     if setting.quick:
@@ -185,7 +185,7 @@ def _peers(
 ) -> Iterator[System]:
     """Peers that are installed and start, paused; whoever does not start leaves a row that says why."""
     from headrace.bench import peers
-    from headrace.models import hub
+    from headrace.models.checkpoints import hub
 
     for peer in peers.discover(setting.peers, SWEPT_PEERS):
         if not peer.installed:
@@ -251,8 +251,8 @@ def model_of(setting: Setting, served: Served) -> Model:
     """Vocabulary, usable context and tokeniser of the served model."""
     import json
 
-    from headrace.models import hub
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.checkpoints import hub
+    from headrace.models.text.tokenizer import Tokenizer
 
     folder = hub.resolve(setting.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -269,7 +269,7 @@ def model_of(setting: Setting, served: Served) -> Model:
 
 def claims(rows: Rows) -> dict[str, float]:
     """All claims of the file; each from its own rows, and left out where they are missing."""
-    from headrace.bench.closed_claims import claims as closed_claims
+    from headrace.bench.closedloop.claims import claims as closed_claims
 
     return {**closed_claims(rows), **sweep_claims(rows), **simreal.claims(rows)}
 

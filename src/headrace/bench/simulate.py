@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.bench import metrics
-from headrace.bench.replay import START, Replay
 from headrace.bench.results import Result, new_result
 from headrace.bench.results import Rows as ResultRows
-from headrace.bench.workload import Arrival, requests, rescaled, within_context
+from headrace.bench.simulation.replay import START, Replay
+from headrace.bench.workloads.arrivals import Arrival, requests, rescaled, within_context
 from headrace.compose import get_policy
 from headrace.core.clock import VirtualClock
 from headrace.core.errors import InvalidRequest

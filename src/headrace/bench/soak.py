@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headrace.bench import metrics
-from headrace.bench.loads import drawn_load, with_classes
-from headrace.bench.prediction import drift
+from headrace.bench.openloop.loads import drawn_load, with_classes
+from headrace.bench.openloop.served import Served
+from headrace.bench.openloop.sweep import Pace, Sweep
+from headrace.bench.openloop.systems import HTTPSystem
 from headrace.bench.results import Result, new_result
 from headrace.bench.serve import OURS, Setting, model_of
-from headrace.bench.served import Served
-from headrace.bench.sweep import Pace, Sweep
-from headrace.bench.systems import HTTPSystem
+from headrace.bench.simulation.prediction import drift
 from headrace.core.errors import InvalidRequest
 
 Rows = Sequence[Mapping[str, Any]]

@@ -49,10 +49,10 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Speed in a closed loop, a load sweep of the real server beside its peers, and simulation held against it."""
-    from headrace.bench import decode
     from headrace.bench import serve as bench
+    from headrace.bench.closedloop import decode
+    from headrace.bench.openloop.sweep import Pace
     from headrace.bench.plots import need_matplotlib, write_curves
-    from headrace.bench.sweep import Pace
 
     need_matplotlib()  # a missing package shall not cost a run
     setting = bench.Setting(
@@ -164,7 +164,7 @@ def _print_closed(result: Result, decode: Any) -> None:
 
 
 def _print_sweep(result: Result) -> None:
-    from headrace.bench.sweep import by_point, figures
+    from headrace.bench.openloop.sweep import by_point, figures
 
     rates = {(r["load"], r["fraction"]): r["rate"] for r in result.rows if r["kind"] == "run"}
     lines = []
@@ -185,7 +185,7 @@ def _print_sweep(result: Result) -> None:
 
 
 def _print_simulation(result: Result) -> None:
-    from headrace.bench.simreal import compare
+    from headrace.bench.simulation.against_real import compare
 
     def percent(point: dict[str, Any], name: str) -> str:
         return f"{point[name]:.0%}" if name in point else ""

@@ -12,7 +12,7 @@ from headrace.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.bench.results import Result
-    from headrace.bench.workload import Arrival
+    from headrace.bench.workloads.arrivals import Arrival
     from headrace.core.protocols import Profile
     from headrace.core.request import SLO
 
@@ -118,7 +118,7 @@ def simulate(
 
 
 def _profile(path: Path | None, machine: str) -> Profile:
-    from headrace.bench.machines import get_machine
+    from headrace.bench.simulation.machines import get_machine
     from headrace.profiling import store
 
     if path is None:
@@ -135,8 +135,8 @@ def _profile(path: Path | None, machine: str) -> Profile:
 def _arrivals(
     trace: Path | None, costs: Profile, slo: SLO, count: int, prompt: int, output: int, rate: float, seed: int
 ) -> list[Arrival]:
-    from headrace.bench.traces import load_trace
-    from headrace.bench.workload import poisson, truncated
+    from headrace.bench.workloads.arrivals import poisson, truncated
+    from headrace.bench.workloads.traces import load_trace
     from headrace.core.batch import StepShape
 
     if trace is None:

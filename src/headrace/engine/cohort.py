@@ -11,7 +11,7 @@ from typing import Any
 
 from headrace.core.batch import Ints, StepShape
 from headrace.engine.sequence import Sequence
-from headrace.models.slots import SlotPool
+from headrace.models.cache.slots import SlotPool
 
 
 class PromisingPool(SlotPool):

@@ -14,7 +14,9 @@ import torch
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
-from headrace.models import budget, checkpoint, families, hub, prequantised, probe, rope, support
+from headrace.models import budget, families, probe, rope
+from headrace.models.checkpoints import checks as checkpoint
+from headrace.models.checkpoints import hub, prequantised, support
 from headrace.models.loaded import LoadedModel
 from headrace.models.parallel.sharing import Sharing
 
@@ -38,7 +40,7 @@ def load(
     """Find, check and load a model.
 
     Args:
-        name: as for :func:`headrace.models.hub.resolve`.
+        name: as for :func:`headrace.models.checkpoints.hub.resolve`.
         dtype: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on the CPU: without bfloat16 units, which most CPUs lack,
             half precision is converted back and forth around every product and loses both time and accuracy. On a GPU it is
             bfloat16, or float16 where the GPU has no bfloat16.

@@ -14,25 +14,25 @@ from headrace.core.errors import OutOfMemory, UnsupportedModel
 from headrace.core.protocols import StepResult
 from headrace.models import families
 from headrace.models.attention import get_backend
+from headrace.models.cache.planes import Planes, add_planes
+from headrace.models.fused.pinned import Pinned
 from headrace.models.graphs import Capture, CudaCapture, Graphs
 from headrace.models.hook import Step, install
 from headrace.models.parallel.layers import is_shared
-from headrace.models.pinned import Pinned
-from headrace.models.planes import Planes, add_planes
 from headrace.models.stack import Forward, forward_of
 
 if TYPE_CHECKING:
     from headrace.models.attention import AttentionStep
     from headrace.models.attention.gpu_static import StaticStep
     from headrace.models.attention.interface import AttentionBackend
+    from headrace.models.cache.slots import SlotPool
     from headrace.models.loaded import LoadedModel
-    from headrace.models.slots import SlotPool
 
 
 class ModelRunner:
     """Runs a model over batches whose K and V live in a slot pool.
 
-    Adds the planes of :func:`headrace.models.planes.add_planes` to ``pool`` and points the model's attention at them; the module
+    Adds the planes of :func:`headrace.models.cache.planes.add_planes` to ``pool`` and points the model's attention at them; the module
     stays usable only through the runner.
 
     Args:
@@ -169,7 +169,7 @@ def _forward_of(module: Any, backend: AttentionBackend) -> Forward:
     packed = any(isinstance(child, Pinned) for child in module.modules())
     if not packed or backend.name != "numba" or families.anatomy(module) is None or is_shared(module):
         return forward_of(module)
-    from headrace.models.native_stack import NativeStack
+    from headrace.models.fused.stack import NativeStack
 
     return NativeStack(module)
 

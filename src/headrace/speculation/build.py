@@ -51,11 +51,11 @@ def build_drafters(
 
 def _model_drafter(name: str, target: LoadedModel, slots: int, attention: str, linears: str) -> Drafter:
     from headrace.models.beam import likeliest
-    from headrace.models.linear import choose_linears
+    from headrace.models.cache.slots import SlotPool
+    from headrace.models.fused.linear import choose_linears
     from headrace.models.load import load
     from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
-    from headrace.models.tokenizer import Tokenizer, check_same_vocabulary
+    from headrace.models.text.tokenizer import Tokenizer, check_same_vocabulary
     from headrace.speculation.model_drafter import ModelDrafter
 
     small = load(name, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device), progress=False)

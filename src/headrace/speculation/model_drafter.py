@@ -17,7 +17,7 @@ from headrace.core.batch import Ints, Packer, Segment
 from headrace.core.errors import OutOfMemory
 from headrace.core.protocols import Runner
 from headrace.core.speculation import DraftJob, DraftTree, Floats, empty_tree
-from headrace.models.slots import SlotPool
+from headrace.models.cache.slots import SlotPool
 from headrace.speculation.beam import Beam
 
 Likeliest = Callable[[object, int], tuple[Ints, Floats]]
