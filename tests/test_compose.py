@@ -141,3 +141,50 @@ def test_a_short_context_bounds_requests(folder: Path) -> None:
     assert engine.card.context == 32
     with pytest.raises(InvalidRequest, match="the context holds 32"):
         engine.add(Request("a", (5,) * 30, SamplingParams(max_tokens=3)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantize": "int8"}, {"kv_cache_dtype": "int8"}, {"quantize": "int8", "kv_cache_dtype": "int8"}]
+)
+def test_quantised_engines_answer_alike_in_any_company_and_say_what_it_costs(
+    folder: Path, options: dict[str, str]
+) -> None:
+    engine = build_engine(config(folder, **options))
+    card = engine.card
+    assert (card.quantization, card.kv_cache_dtype) == (
+        options.get("quantize", ""),
+        options.get("kv_cache_dtype", "float32"),
+    )
+    assert card.quality is not None
+    assert card.quality.tokens > 300
+    assert 0 < abs(card.quality.nll - card.quality.nll_before) < 0.2
+    assert 0.7 < card.quality.same_greedy <= 1
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    alone = tokens(engine, Request("a", (5, 6, 7, 8), params))[0]
+    for name, prompt in (("b", (9, 10, 11)), ("c", tuple(range(20, 60))), ("d", (5, 6, 7, 8))):
+        engine.add(Request(name, prompt, params))
+    together: dict[str, list[int]] = {}
+    while engine.busy:
+        for delta in engine.step():
+            together.setdefault(delta.request_id, []).extend(delta.tokens)
+    assert together["d"] == alone
+    stats = engine.stats()
+    assert stats.slots_free + stats.slots_cached == stats.slots_total
+
+
+def test_nothing_quantised_costs_nothing(folder: Path) -> None:
+    card = build_engine(config(folder)).card
+    assert (card.quantization, card.kv_cache_dtype, card.quality) == ("", "float32", None)
+
+
+def test_int8_keys_and_values_leave_room_for_more(folder: Path) -> None:
+    plain, rounded = (
+        build_engine(config(folder, kv_cache_dtype=name)).stats().slots_total for name in ("auto", "int8")
+    )
+    assert rounded == pytest.approx(plain * 64 / 20, rel=0.01)  # heads of 16: 64 bytes become 16 and a scale of 4
+
+
+@pytest.mark.parametrize(("option", "value"), [("quantize", "int4"), ("kv_cache_dtype", "fp8")])
+def test_wrong_names_do_not_cost_a_load(option: str, value: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{option} is '{value}'"):
+        build_engine(config("nowhere", **{option: value}))

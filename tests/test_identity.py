@@ -18,10 +18,12 @@ from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import TorchSampler
 from headrace.engine.sequence import Sequence
-from headrace.models.hub import resolve
+from headrace.models.cache.slots import SlotPool
+from headrace.models.checkpoints.hub import resolve
+from headrace.models.fused.linear import choose_linears
 from headrace.models.load import load
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
+from headrace.native import build as native
 
 NEW = 24
 TIE = 1e-4
@@ -88,6 +90,7 @@ class Case:
     policy: str = "chunked"
     prefix_cache: bool = True
     attention: str = "auto"
+    linears: str = "module"
     limits: dict[str, int] = field(default_factory=dict)
     n: int = 1
     cancel: bool = False
@@ -105,12 +108,17 @@ CASES = {
     "n = 3": Case(n=3, limits={"max_sequences": 24}),
     "neighbours cancelled": Case(cancel=True),
     "reference attention": Case(attention="reference"),
+    "native step": Case(linears="native"),
+    "native step, chunks of 7": Case(linears="native", limits={"max_step_tokens": 7, "max_sequences": 6}),
 }
 REQUIRED = ["llama", "qwen3", "mistral", "gemma3", "qwen3_moe", "bundled"]
 
 
 def build(family: str, case: Case) -> Engine:
     model = load("bundled", progress=False) if family == "bundled" else tiny.loaded(family)
+    if case.linears == "native" and not native.available():
+        pytest.skip(f"no compiler: {native.why_not()}")
+    choose_linears(model, case.linears)
     pool = SlotPool(case.slots)
     return Engine(
         ModelRunner(model, pool, attention=case.attention),

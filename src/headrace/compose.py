@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidRequest
+from headrace.core.policy import DraftingPolicy, Policy
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.service import ProcessService
 
 if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard, Quality, Runner
+    from headrace.engine.drafting import Drafting
     from headrace.engine.engine import Engine
+    from headrace.models.cache.slots import SlotPool
     from headrace.models.loaded import LoadedModel
     from headrace.models.parallel.ranks import Lost, Ranks
     from headrace.models.quality import Reading
-    from headrace.models.slots import SlotPool
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +39,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: L
     """
     import torch
 
-    from headrace.engine.policies import get_policy
+    from headrace.models.cache.planes import is_int8
+    from headrace.models.fused.quantise import check_method
     from headrace.models.load import load
-    from headrace.models.planes import is_int8
-    from headrace.models.quantise import check_method
 
     get_policy(config.policy)  # a wrong name shall not cost a load
     check_method(config.quantize)
@@ -70,13 +71,12 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
     from headrace.engine.engine import Engine
     from headrace.engine.grammar import GrammarCompiler
     from headrace.engine.kv import KVSpace
-    from headrace.engine.policies import get_policy
     from headrace.engine.profiled import attach_profile
     from headrace.engine.sampling import TorchSampler
     from headrace.models.budget import kv_slots
-    from headrace.models.linear import choose_linears
+    from headrace.models.cache.slots import SlotPool
+    from headrace.models.fused.linear import choose_linears
     from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
 
     before = None if ranks else _before_quantising(model, config)
     choose_linears(model, config.linears, config.quantize)
@@ -99,22 +99,61 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
         quality=None if before is None else _cost_of_quantising(before, runner, pool),
     )
     warm_up(Engine(runner, KVSpace(pool, prefix_cache=False), get_policy("chunked"), TorchSampler(), card))
+    policy = get_policy(config.policy)
     engine = Engine(
         runner,
         KVSpace(pool, prefix_cache=config.prefix_cache),
-        get_policy(config.policy),
+        policy,
         TorchSampler(),
         card,
         limits=config.limits,
         grammars=GrammarCompiler(model.path, runner.vocab_size, card.stop_ids),
+        drafting=_drafting(model, config, pool.size) if isinstance(policy, DraftingPolicy) else None,
     )
     attach_profile(engine, config)
     return engine
 
 
+def get_policy(name: str) -> Policy:
+    """A new instance of the policy called ``name``, of those that speculate or of the others.
+
+    Raises:
+        InvalidRequest: there is none; the message names the choices.
+    """
+    from headrace.engine.policies import POLICIES
+    from headrace.speculation.policies import POLICIES as SPECULATING
+
+    made = POLICIES.get(name) or SPECULATING.get(name)
+    if made is None:
+        known = ", ".join(sorted({*POLICIES, *SPECULATING}))
+        raise InvalidRequest(f"policy is {name!r}: choose one of {known}", field="policy")
+    return made()
+
+
+def _drafting(model: LoadedModel, config: EngineConfig, slots: int) -> Drafting | None:
+    """What the engine drafts with, measured a little; None without drafters."""
+    from headrace.engine.drafting import Drafting
+    from headrace.speculation.build import build_drafters, measure
+    from headrace.speculation.calibration import OnlineCalibration
+    from headrace.speculation.costs import DraftTimes
+
+    drafters = build_drafters(
+        config.draft, config.model, model, slots=slots, attention=config.attention, linears=config.linears
+    )
+    if not drafters:
+        return None
+    costs = DraftTimes()
+    measure(drafters, costs, model.card.vocab_size)
+    return Drafting(drafters, OnlineCalibration(), costs)
+
+
 def _runner_options(config: EngineConfig) -> dict[str, Any]:
     """What every rank's runner is built with."""
-    return {"attention": config.attention, "kv_cache_dtype": config.kv_cache_dtype}
+    return {
+        "attention": config.attention,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "graphs": not config.enforce_eager,
+    }
 
 
 def _before_quantising(model: LoadedModel, config: EngineConfig) -> Reading | None:

@@ -12,11 +12,11 @@ from tests.data import trace
 from typer.testing import CliRunner
 
 from headrace.bench import metrics, simulate
-from headrace.bench.machines import LinearMachine
 from headrace.bench.results import recheck
 from headrace.bench.simulate import Simulation, replay
-from headrace.bench.traces import load_trace
-from headrace.bench.workload import Arrival, poisson
+from headrace.bench.simulation.machines import LinearMachine
+from headrace.bench.workloads.arrivals import Arrival, poisson
+from headrace.bench.workloads.traces import load_trace
 from headrace.cli import app
 from headrace.core.batch import StepShape
 from headrace.core.errors import InvalidRequest

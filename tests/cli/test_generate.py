@@ -26,7 +26,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         hf = type("Hf", (), {"chat_template": None})()
 
     monkeypatch.setattr("headrace.compose.build_engine", build)
-    monkeypatch.setattr("headrace.models.tokenizer.Tokenizer", Tokenizer)
+    monkeypatch.setattr("headrace.models.text.tokenizer.Tokenizer", Tokenizer)
     return configs
 
 
@@ -69,7 +69,7 @@ def test_prompts_from_the_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_the_chat_template_is_used_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
     generate(["hi"], chat=True, system="be kind", max_tokens=5, seed=3)
     assert capsys.readouterr().out == expected("system: be kinduser: hi", 5).strip() + "\n"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from headrace.cli.launch import Launch
+from headrace.cli.launch import Launch, _quantised
 from headrace.core.config import EngineConfig
 from headrace.core.errors import BrokenCheckpoint, EngineUnavailable
 from headrace.core.outputs import EngineStats
-from headrace.core.protocols import ModelCard
+from headrace.core.protocols import ModelCard, Quality
 from headrace.server import ServerSettings
 
 
@@ -73,3 +73,22 @@ def test_an_engine_that_is_lost_later_stops_the_server(
 def test_a_tokenizer_that_cannot_be_read_stops_the_server_whatever_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = OSError("disk")
     assert watched(Service(), monkeypatch, tokenizer=problem).failure is problem
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        (ModelCard("m", "", 9, 9, ()), ""),
+        (ModelCard("m", "", 9, 9, (), kv_cache_dtype="float32"), ""),
+        (ModelCard("m", "", 9, 9, (), quantization="nf4"), "  rounded  nf4 weights\n"),
+        (
+            ModelCard(
+                "m", "", 9, 9, (), quantization="int8", kv_cache_dtype="int8", quality=Quality(300, 3.0, 3.0125, 0.97)
+            ),
+            "  rounded  int8 weights, int8 K and V: 3.000 to 3.013 nats a token (+0.0125), "
+            "97.0% of 300 likeliest tokens the same\n",
+        ),
+    ],
+)
+def test_what_was_rounded_is_told_with_its_cost(card: ModelCard, says: str) -> None:
+    assert _quantised(card) == says

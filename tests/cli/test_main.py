@@ -107,7 +107,7 @@ def test_an_error_of_ours_is_one_line(capsys: pytest.CaptureFixture[str], monkey
 
 
 @pytest.mark.parametrize("command", ["serve", "generate"])
-def test_defaults_of_engine_options_are_the_engines_own(command: str) -> None:
+def test_defaults_of_engine_options_are_the_engines_own(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import inspect
     from dataclasses import asdict
     from importlib import import_module
@@ -115,6 +115,7 @@ def test_defaults_of_engine_options_are_the_engines_own(command: str) -> None:
     from headrace.core.config import EngineConfig
     from headrace.server import ServerSettings
 
+    monkeypatch.delenv("HEADRACE_PROFILE", raising=False)
     config = asdict(EngineConfig())
     own = config | config["limits"] | {"drain_timeout": ServerSettings().drain_timeout_s}
     parameters = inspect.signature(getattr(import_module(f"headrace.cli.{command}"), command)).parameters

@@ -12,14 +12,15 @@ import numpy as np
 from headrace.core.batch import Batch
 from headrace.core.clock import VirtualClock
 from headrace.core.errors import OutOfMemory
-from headrace.core.policy import Limits
-from headrace.core.protocols import ModelCard, StepResult
+from headrace.core.policy import Limits, Policy
+from headrace.core.protocols import ModelCard, Profile, StepResult
 from headrace.core.request import Request, SamplingParams
+from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import Draw, Sampled, stream_key
-from headrace.models.slots import SlotPool
+from headrace.models.cache.slots import SlotPool
 
 VOCAB = 97
 EOS = 0
@@ -76,12 +77,23 @@ class HashRunner:
             context = batch.context_slots[batch.context_starts[s] : batch.context_starts[s + 1]]
             rows = slice(batch.query_starts[s], batch.query_starts[s + 1])
             assert (self.positions[context] == np.arange(len(context))).all()
-            assert (batch.positions[rows] == len(context) + np.arange(rows.stop - rows.start)).all()
+            paths = visible(batch, s)
+            assert batch.positions[rows].tolist() == [len(context) + len(path) - 1 for path in paths]
             for row in batch.head_rows:
                 if rows.start <= row < rows.stop:
-                    own = batch.ids[rows.start : row + 1]
+                    own = batch.ids[rows][paths[row - rows.start]]
                     seen.append([*self.tokens[context].tolist(), *own.tolist()])
         return StepResult(logits=seen)
+
+
+def visible(batch: Batch, s: int) -> list[list[int]]:
+    """For each row of a segment the rows of it that it sees, in order: those before it, or its ancestors in a tree."""
+    rows = int(batch.query_starts[s + 1] - batch.query_starts[s])
+    words = batch.mask_words[batch.mask_starts[s] : batch.mask_starts[s + 1]].view(np.uint32)
+    if not len(words):
+        return [list(range(row + 1)) for row in range(rows)]
+    table = words.reshape(rows, -1)
+    return [[j for j in range(rows) if table[i, j // 32] >> np.uint32(j % 32) & np.uint32(1)] for i in range(rows)]
 
 
 class HashSampler:
@@ -92,7 +104,14 @@ class HashSampler:
 
 
 def engine(
-    slots: int = 400, *, policy: str = "chunked", prefix_cache: bool = True, largest: int | None = None, **limits: int
+    slots: int = 400,
+    *,
+    policy: str | Policy = "chunked",
+    prefix_cache: bool = True,
+    largest: int | None = None,
+    drafting: Drafting | None = None,
+    profile: Profile | None = None,
+    **limits: int,
 ) -> Engine:
     """An engine over the fake model on a virtual clock."""
     pool = SlotPool(slots)
@@ -101,9 +120,11 @@ def engine(
     return Engine(
         HashRunner(pool, clock, largest=largest),
         KVSpace(pool, prefix_cache=prefix_cache),
-        get_policy(policy),
+        get_policy(policy) if isinstance(policy, str) else policy,
         HashSampler(),
         card,
+        drafting=drafting,
+        profile=profile,
         limits=Limits(**{"max_sequences": 8, "max_step_tokens": 32, "max_prefill_tokens": 64} | limits),
         clock=clock,
     )

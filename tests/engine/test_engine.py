@@ -12,8 +12,11 @@ from tests.engine.fake import EOS, answer, engine, request
 from headrace.core.errors import ContextTooLong, HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import SequenceDelta
 from headrace.core.request import Request, SamplingParams
+from headrace.core.speculation import DraftTree
 from headrace.engine.engine import Engine
+from headrace.engine.head import Head
 from headrace.engine.sampling import Sampled
+from headrace.engine.sequence import Sequence
 
 Answers = dict[tuple[str, int], list[SequenceDelta]]
 
@@ -265,6 +268,16 @@ def test_hopeless_memory_ends_requests_with_an_error_not_the_engine() -> None:
     assert_empty(built)
 
 
+def commit(built: Engine, sequence: Sequence, outcomes: list[Sampled]) -> None:
+    """Commit a step that drew ``outcomes``, each after the one before it was drafted rightly."""
+    tree = DraftTree.chain([o.token for o in outcomes[:-1]], [0.5] * (len(outcomes) - 1))
+    head = Head(sequence, 0, tree)
+    for outcome in outcomes:
+        if not head.take(outcome):
+            break
+    built.commit(head, 101.0)
+
+
 def test_several_tokens_commit_at_once_and_stop_at_the_first_end() -> None:
     built = engine()
     built.add(request("a", [1, 2, 3], max_tokens=6, ignore_eos=True, stop_token_ids=[9]))
@@ -273,7 +286,7 @@ def test_several_tokens_commit_at_once_and_stop_at_the_first_end() -> None:
     slots = built.space.reserve(2)  # as a verified draft leaves it: K and V of all but the last token are there
     sequence.hold(slots)
     sequence.context += 2
-    built.commit(sequence, [Sampled(4, None), Sampled(9, None), Sampled(5, None)], 101.0)
+    commit(built, sequence, [Sampled(4), Sampled(9), Sampled(5)])
     (delta,) = built.step()
     assert delta.tokens == [4, 9]
     assert (delta.reason, delta.stop_token) == ("stop", 9)
@@ -286,7 +299,7 @@ def test_tokens_before_a_failed_one_are_delivered() -> None:
     sequence = next(iter(built._running.values()))
     sequence.hold(built.space.reserve(1))
     sequence.context += 1
-    built.commit(sequence, [Sampled(4), Sampled(-1, error=HeadraceError("bad logits"))], 101.0)
+    commit(built, sequence, [Sampled(4), Sampled(-1, error=HeadraceError("bad logits"))])
     deltas = run(built)["a", 0]
     assert [(d.tokens, d.reason) for d in deltas] == [([4], None), ([], "error")]
     assert_empty(built)

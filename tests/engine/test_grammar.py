@@ -19,7 +19,7 @@ from headrace.core.errors import HeadraceError, InvalidRequest
 from headrace.core.request import Structure
 from headrace.engine import grammar
 from headrace.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarState, validate
-from headrace.models.tokenizer import Tokenizer
+from headrace.models.text.tokenizer import Tokenizer
 
 
 @cache

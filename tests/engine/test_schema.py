@@ -19,8 +19,8 @@ from headrace.core.errors import InvalidRequest
 from headrace.core.request import Structure
 from headrace.engine.grammar import GrammarCompiler, GrammarState
 from headrace.engine.schema import _TYPED, parse
-from headrace.models.detokenizer import REPLACEMENT
-from headrace.models.tokenizer import Tokenizer
+from headrace.models.text.detokenizer import REPLACEMENT
+from headrace.models.text.tokenizer import Tokenizer
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "null"}}}
 

@@ -14,7 +14,7 @@ from tests.models import vocabularies
 from headrace.core.outputs import SequenceDelta, TokenLogprobs
 from headrace.core.request import SamplingParams
 from headrace.engine.text import TextDelta, TextStream
-from headrace.models.tokenizer import Tokenizer
+from headrace.models.text.tokenizer import Tokenizer
 
 KINDS = ["byte_level", "byte_fallback", "wordpiece"]
 ALPHABET = "ab.é水🙂 "

@@ -53,7 +53,7 @@ def llm(monkeypatch: pytest.MonkeyPatch, **limits: int) -> tuple[LLM, Engine]:
     """An LLM and the engine inside it."""
     engine = fake.engine(**limits)
     monkeypatch.setattr("headrace.compose.build_engine", lambda config: engine)
-    monkeypatch.setattr("headrace.models.tokenizer.Tokenizer", CharTokenizer)
+    monkeypatch.setattr("headrace.models.text.tokenizer.Tokenizer", CharTokenizer)
     return LLM(), engine
 
 

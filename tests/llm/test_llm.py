@@ -180,7 +180,7 @@ def test_unknown_engine_options_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         LLM(max_sequence=3)
     seen: list[Any] = []
     monkeypatch.setattr("headrace.compose.build_engine", lambda config: seen.append(config) or fake.engine())
-    monkeypatch.setattr("headrace.models.tokenizer.Tokenizer", CharTokenizer)
+    monkeypatch.setattr("headrace.models.text.tokenizer.Tokenizer", CharTokenizer)
     LLM("some/folder", max_sequences=3, dtype="bfloat16").close()
     assert (seen[0].model, seen[0].dtype, seen[0].limits.max_sequences) == ("some/folder", "bfloat16", 3)
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from headrace.core.batch import Batch, Packer, Segment
-from headrace.models.planes import encode
+from headrace.models.cache.planes import encode
 
 
 @dataclass(frozen=True)

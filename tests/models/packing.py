@@ -9,8 +9,8 @@ import torch
 from tests import tiny
 
 from headrace.core.batch import Ints, Packer, Segment
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 TOLERANCE = 1e-4  # largest difference of two float32 forwards of a tiny model that rounding may cause
 

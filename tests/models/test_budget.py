@@ -10,8 +10,8 @@ from tests import tiny
 
 from headrace.core.errors import InvalidRequest, OutOfMemory
 from headrace.models import budget
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 GIB = 1 << 30
 

@@ -13,10 +13,10 @@ from tests.models.packing import TOLERANCE, feed, scattered, truth
 from transformers import CONFIG_MAPPING
 
 from headrace.models import families
+from headrace.models.cache.slots import SlotPool
+from headrace.models.checkpoints.support import check_supported
 from headrace.models.families import kv_shape
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
-from headrace.models.support import check_supported
 
 TINY = {tiny.config(family).model_type for family in tiny.FAMILIES}
 OTHERS = sorted(name for name in families.STACKED - TINY if name in CONFIG_MAPPING)

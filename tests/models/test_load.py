@@ -278,7 +278,7 @@ def test_a_pickle_beside_safetensors_is_never_read(folder: Path) -> None:
     ("changes", "says"),
     [
         ({"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}, "AutoModelForCausalLM.*trust_remote_code"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised with gptq"),
+        ({"quantization_config": {"quant_method": "unheard-of"}}, "quantised with unheard-of"),
         ({"model_type": "warp_drive"}, "'warp_drive'"),
         ({"model_type": "mamba"}, "mamba models are not supported"),
     ],

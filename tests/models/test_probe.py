@@ -12,8 +12,8 @@ from tests.models.packing import TOLERANCE, feed, scattered, truth
 
 from headrace.core.errors import UnsupportedModel
 from headrace.models import probe
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 
 def test_probe_passes_an_untested_family_and_leaves_it_as_it_was() -> None:

@@ -12,8 +12,8 @@ from tests import tiny
 
 from headrace.core.protocols import Quality
 from headrace.models import quality
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 
 def ids(count: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from tests.models.packing import TOLERANCE, feed, scattered, truth
 
 from headrace.core.errors import InvalidRequest, UnsupportedModel
 from headrace.models import rope
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 ORIGINAL, LONGEST = 32, 128
 HALF = 8  # half a head: one factor per rotary frequency

@@ -23,9 +23,9 @@ from tests.models.packing import (
 
 from headrace.core.batch import Packer
 from headrace.core.errors import InvalidRequest, OutOfMemory, UnsupportedModel
+from headrace.models.cache.slots import SlotPool
 from headrace.models.load import load
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss"]
 

@@ -51,7 +51,7 @@ def test_a_wrong_product_is_noticed(isa: str) -> None:
     assert _error(y, x, weight, None) > 1e-5
 
 
-@pytest.mark.parametrize("shape", [(33, 255), (96, 257), (129, 600), (256, 768)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 255), (96, 257), (129, 600), (256, 768), (70, 512)], ids=str)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_rows_do_not_depend_on_their_batch(isa: str, shape: tuple[int, int], storage: str) -> None:
     matrix = PackedMatrix(

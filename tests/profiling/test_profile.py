@@ -180,11 +180,37 @@ def test_a_spread_out_grid_covers_all_sizes_from_the_start() -> None:
     order = spread_out(steps)
     assert sorted(map(repr, order)) == sorted(map(repr, steps))
     assert order == spread_out(steps)
-    first = [s.shape for s in order[:10]]
+    first = [s.shape for s in order[:15]]
     assert order[0].shape.sequences == 1
     assert {s.prefill_tokens > 0 for s in first} == {True, False}
-    assert max(s.decode_tokens for s in first) == 32
-    assert max(s.prefill_tokens for s in first) >= 480
+    assert {1, 2, 4, 8, 16} <= {s.decode_tokens for s in first}
+    assert max(s.prefill_tokens for s in first) < 64, "a large prompt costs as much as twenty small steps"
+    assert max(s.decode_tokens for s in [o.shape for o in order[:27]]) == 32
+    assert max(s.shape.prefill_tokens for s in order) >= 480
+
+
+def test_a_small_share_of_the_grid_predicts_the_rest() -> None:
+    """On a machine of known costs, what a sixth of the whole time pays for is enough."""
+
+    def truth(shape: StepShape) -> float:
+        rows = shape.prefill_tokens + shape.decode_tokens
+        return 1.0 + 0.08 * rows + 0.05 * shape.decode_tokens + 3e-4 * shape.context + 2e-5 * shape.attended
+
+    bounds = {"max_sequences": 32, "max_step_tokens": 512, "context": 2048, "slots": 100_000}
+    steps = spread_out(grid(**bounds))
+    left = sum(truth(s.shape) for s in steps) / 6
+    few: list[Point] = []
+    for step in steps:
+        left -= truth(step.shape)
+        if left < 0:
+            break
+        few.append(Point(step.shape, (truth(step.shape),)))
+    assert len(few) > 20
+    errors = sorted(
+        MeasuredProfile(few).errors(Point(s.shape, (truth(s.shape),)) for s in held_out(**bounds, count=40))
+    )
+    assert errors[20] < 0.05
+    assert errors[36] < 0.25
     assert spread_out([]) == []
 
 

@@ -7,7 +7,7 @@ import pytest
 from headrace.core.batch import StepShape
 from headrace.core.outputs import EngineStats
 from headrace.profiling import MeasuredProfile, Point
-from headrace.profiling.tracking import RECENT, WORTH_KEEPING, Tracker
+from headrace.profiling.tracking import EVERY, RECENT, WORTH_KEEPING, Tracker
 
 
 def decode(rows: int) -> StepShape:
@@ -29,6 +29,10 @@ def test_errors_are_of_predictions_made_before_the_step() -> None:
     assert stats.observed_seconds == pytest.approx(0.028)
     assert sum(stats.profile_error.counts) == stats.predicted_steps == 1
     assert tracker.profile.cost(decode(4)) > 14.0, "it has learnt"
+    for _ in range(EVERY):
+        tracker.observe(decode(4), 1e9)
+    tracker.report(stats)
+    assert stats.profile_error_p50 == pytest.approx(1.0)
 
 
 def test_the_median_is_of_the_latest_steps() -> None:

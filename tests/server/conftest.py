@@ -17,7 +17,7 @@ from tests.server.fake_service import FakeService, write_byte_tokenizer
 
 from headrace.compose import build_service
 from headrace.core.config import EngineConfig
-from headrace.models.tokenizer import Tokenizer
+from headrace.models.text.tokenizer import Tokenizer
 from headrace.server import ServerSettings, create_app
 from headrace.server.run import GracefulServer, build_server
 

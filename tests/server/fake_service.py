@@ -33,7 +33,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
     """Save a tokenizer whose token ``i`` is byte ``i`` (then the specials), so that tests can count tokens by eye."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from headrace.models.detokenizer import _byte_alphabet
+    from headrace.models.text.detokenizer import _byte_alphabet
 
     vocabulary = _byte_alphabet()
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -9,7 +9,7 @@ import sys
 
 from tests.server.fake_service import FakeService
 
-from headrace.models.tokenizer import Tokenizer
+from headrace.models.text.tokenizer import Tokenizer
 from headrace.server import ServerSettings, create_app, run_server
 
 

@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from tests.server.fake_service import FakeService, write_byte_tokenizer
 
-from headrace.models.tokenizer import Tokenizer
+from headrace.models.text.tokenizer import Tokenizer
 from headrace.server import ServerSettings, create_app
 
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)

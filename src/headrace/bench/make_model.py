@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.bench.padding import TOKENIZER_FILES, pad
+from headrace.bench.checkpoints.padding import TOKENIZER_FILES, pad
+from headrace.bench.checkpoints.shapes import Shape, shape_named, write_checkpoint
 from headrace.bench.results import Result, Rows, new_result
-from headrace.bench.shapes import Shape, shape_named, write_checkpoint
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
@@ -29,8 +29,8 @@ Report = Callable[[str], None]
 
 
 def make(like: str, out: Path, *, model: str = "bundled", seed: int = 0) -> Shape:
-    """Write ``model`` padded to the shape named ``like`` into ``out``; raises as :func:`headrace.bench.padding.pad`."""
-    from headrace.models.hub import resolve
+    """Write ``model`` padded to the shape named ``like`` into ``out``; raises as :func:`headrace.bench.checkpoints.padding.pad`."""
+    from headrace.models.checkpoints.hub import resolve
 
     shape = shape_named(like)
     source = resolve(model)

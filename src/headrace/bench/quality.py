@@ -72,7 +72,7 @@ def run(setting: QualityBench, *, report: Callable[[str], None] = lambda text: N
         HeadraceError: the model cannot be loaded, or a file cannot be read.
     """
     from headrace.compose import default_threads
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
     torch.set_num_threads(setting.threads or default_threads())
     load_avg = os.getloadavg()
@@ -88,6 +88,8 @@ def run(setting: QualityBench, *, report: Callable[[str], None] = lambda text: N
             continue
         windows = windows or _windows(setting, Tokenizer(path), min(setting.length, context))
         rows += _read(form, runner, pool, windows, rows)
+    for row in rows:
+        row.pop("greedy", None)
     return new_result("quality", rows, claims, load_avg)
 
 
@@ -116,10 +118,10 @@ def spread(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _runner(setting: QualityBench, form: Form) -> tuple[Any, Any, Path, int]:
-    from headrace.models.linear import choose_linears
+    from headrace.models.cache.slots import SlotPool
+    from headrace.models.fused.linear import choose_linears
     from headrace.models.load import load
     from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
 
     model = load(setting.model, progress=False)
     choose_linears(model, "auto", form.quantize)

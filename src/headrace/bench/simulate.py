@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.bench import metrics
-from headrace.bench.replay import START, Replay
 from headrace.bench.results import Result, new_result
 from headrace.bench.results import Rows as ResultRows
-from headrace.bench.workload import Arrival, requests, rescaled, within_context
+from headrace.bench.simulation.replay import START, Replay
+from headrace.bench.workloads.arrivals import Arrival, requests, rescaled, within_context
+from headrace.compose import get_policy
 from headrace.core.clock import VirtualClock
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
 from headrace.core.protocols import Profile
-from headrace.engine.policies import get_policy
 from headrace.engine.simulated import VOCAB, SimulatedEngine
 
 SHOWN = ("attainment", "goodput_tok_s", "throughput_tok_s", "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")

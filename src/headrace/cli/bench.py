@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from headrace.cli import serve_bench
+from headrace.cli.adaserve import adaserve
 from headrace.cli.make_model import make_model
+from headrace.cli.peers import peers
 from headrace.cli.simulate import simulate
 
 bench = typer.Typer(
@@ -16,7 +19,11 @@ bench = typer.Typer(
 )
 
 bench.command()(simulate)
+bench.command()(adaserve)
 bench.command("make-model")(make_model)
+bench.command()(serve_bench.serve)
+bench.command()(serve_bench.soak)
+bench.add_typer(peers, name="peers")
 
 JsonPath = Annotated[
     Path | None, typer.Option("--json", help="Where to write the result; results/NAME.json by default.")
@@ -52,6 +59,28 @@ def engine(
 
 
 @bench.command()
+def gpu(
+    shape: Annotated[str, typer.Option(help="Model shape, with random weights: 125m, 0.5b, 1b or 8b.")] = "1b",
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns of everything.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer turns, shorter answers.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """The GPU path: attention against SDPA and the memory, captured steps against launched ones, decoding against transformers."""
+    from rich.console import Console
+
+    from headrace.bench import gpu as gpu_bench
+
+    console = Console(stderr=True)
+    setting = gpu_bench.GpuBench(shape=shape, repeats=2 if quick else repeats, new=32 if quick else 128)
+    with console.status("measuring the memory") as status:
+        result = gpu_bench.run(setting, report=status.update)
+    path = json_path or Path("results/gpu.json")
+    result.write(path)
+    console.print(f"written to {path}", style="dim")
+    print(json.dumps(result.claims))
+
+
+@bench.command()
 def quality(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or bundled.")] = "bundled",
     text: Annotated[
@@ -81,17 +110,21 @@ def quality(
 @bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench import engine, make_model, quality, simulate
+    from headrace.bench import adaserve, engine, gpu, make_model, quality, serve, simulate, soak
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
     different = recheck(
         file,
         {
+            "adaserve": adaserve.claims,
             "engine": engine.claims,
+            "gpu": gpu.claims,
             "simulate": simulate.claims,
             "make-model": make_model.claims,
             "quality": quality.claims,
+            "serve": serve.claims,
+            "soak": soak.claims,
         },
     )
     if different:

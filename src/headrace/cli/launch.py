@@ -16,7 +16,7 @@ from headrace.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
     from headrace.server import ServerSettings
     from headrace.server.run import GracefulServer
     from headrace.server.serving import Serving
@@ -52,8 +52,9 @@ class Launch:
         Raises:
             HeadraceError: no such policy, or a model on this machine that is missing or incomplete.
         """
-        from headrace.engine.policies import get_policy
-        from headrace.models import checkpoint, hub
+        from headrace.compose import get_policy
+        from headrace.models.checkpoints import checks as checkpoint
+        from headrace.models.checkpoints import hub
 
         get_policy(self.config.policy)
         if is_local(self.config.model):
@@ -91,7 +92,7 @@ class Launch:
             raise InvalidRequest(f"cannot serve at {host} port {port}: see the log above", field="port") from error
 
     def _tokenizer(self) -> Tokenizer:
-        from headrace.models.tokenizer import Tokenizer
+        from headrace.models.text.tokenizer import Tokenizer
 
         return Tokenizer(
             self._service.card.path,
@@ -169,7 +170,7 @@ def is_local(name: str) -> bool:
     """True when ``name`` can only mean the bundled pair or a folder here, so that no network is needed to know it."""
     from pathlib import Path
 
-    from headrace.models.hub import BUNDLED
+    from headrace.models.checkpoints.hub import BUNDLED
 
     return name in BUNDLED or Path(name).expanduser().exists() or name.startswith(("/", ".", "~"))
 

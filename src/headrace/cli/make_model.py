@@ -33,7 +33,7 @@ def make_model(
 
     from headrace.bench import make_model as maker
     from headrace.core.errors import InvalidRequest
-    from headrace.models.hub import resolve
+    from headrace.models.checkpoints.hub import resolve
 
     if random and verify:
         raise InvalidRequest("--verify compares texts, and --random has none: leave one of them out", field="verify")

@@ -68,7 +68,7 @@ def local_models() -> list[LocalModel]:
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from headrace.models.hub import BUNDLED, resolve
+    from headrace.models.checkpoints.hub import BUNDLED, resolve
 
     found: list[LocalModel] = []
     for name in BUNDLED:
@@ -98,7 +98,7 @@ def _local(name: str, folder: Path) -> LocalModel:
 
 def _count(folder: Path) -> int | None:
     """Parameters by the headers of the weight files, None where they are missing or broken."""
-    from headrace.models.checkpoint import read_shapes
+    from headrace.models.checkpoints.checks import read_shapes
 
     try:
         return sum(math.prod(shape) for shape in read_shapes(folder).values())
@@ -112,7 +112,9 @@ def describe(name: str, *, trust_remote_code: bool = False) -> Description:
     Raises:
         HeadraceError: it is not on this machine, or its files are broken.
     """
-    from headrace.models import checkpoint, families, support
+    from headrace.models import families
+    from headrace.models.checkpoints import checks as checkpoint
+    from headrace.models.checkpoints import support
 
     folder = _on_this_machine(name)
     config = checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
@@ -142,7 +144,7 @@ def _on_this_machine(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from headrace.models.hub import BUNDLED, resolve
+    from headrace.models.checkpoints.hub import BUNDLED, resolve
 
     if name in BUNDLED or Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         return resolve(name)

@@ -38,7 +38,21 @@ Quantize = Annotated[
     _engine("Round the weights to int8 or nf4 while loading.", "--quantize", "--quantization", metavar="NAME"),
 ]
 PolicyName = Annotated[
-    str, _engine("Who runs in a step: chunked, prefill-first, priority, mlfq or vtc.", "--policy", metavar="NAME")
+    str,
+    _engine(
+        "Who runs in a step: chunked, prefill-first, priority, mlfq or vtc; with drafts adaserve, goodput, adaptive-chain, "
+        "paper, equal, spec-4, spec-6 or spec-8.",
+        "--policy",
+        metavar="NAME",
+    ),
+]
+Draft = Annotated[
+    str,
+    _engine(
+        "Where drafts come from: auto (the bundled draft for the bundled model, and n-grams), ngram, off, or a checkpoint.",
+        "--draft",
+        metavar="NAME",
+    ),
 ]
 MaxSequences = Annotated[int, _engine("Sequences running at once.")]
 MaxStepTokens = Annotated[int, _engine("Tokens in one step.")]
@@ -58,6 +72,9 @@ ProfileOption = Annotated[
     ),
 ]
 PrefixCache = Annotated[bool, _engine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
+EnforceEager = Annotated[
+    bool, _engine("On GPUs, launch every kernel rather than replay captured steps.", "--enforce-eager")
+]
 Tp = Annotated[
     int,
     _engine(

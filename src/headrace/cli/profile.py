@@ -59,9 +59,7 @@ def profile(
         max_sequences=max_sequences, max_step_tokens=max_step_tokens, profile="off",
     )  # fmt: skip
     engine = build_engine(config, progress=not as_json)
-    measured, unseen = _measured(
-        engine, config, repeats=repeats, max_seconds=max_seconds, again=again, console=console
-    )
+    measured, unseen = _measured(engine, config, repeats=repeats, max_seconds=max_seconds, again=again, console=console)
     errors = measured.errors(unseen)
     if plot is not None:
         _plot(plot, measured, unseen)

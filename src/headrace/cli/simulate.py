@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,71 +12,75 @@ from headrace.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.bench.results import Result
-    from headrace.bench.workload import Arrival
+    from headrace.bench.workloads.arrivals import Arrival
     from headrace.core.protocols import Profile
     from headrace.core.request import SLO
 
-WORKLOAD, MACHINE = "Workload", "Machine"
+
+def _workload(text: str, *names: str, **bounds: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Workload", **bounds)
+
+
+def _machine(text: str, *names: str, **bounds: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Machine", **bounds)
+
+
+Trace = Annotated[
+    Path | None,
+    _workload(
+        "Azure or Mooncake trace, or JSON lines {emission_time_ms, prompt | input_length, output_length, slo}; "
+        "without one, arrivals are drawn."
+    ),
+]
+Rates = Annotated[
+    list[float] | None, _workload("Requests per second; may be repeated. The trace's own by default.", "--rate")
+]
+Requests = Annotated[int, _workload("Requests to replay, from the start.", min=1)]
+Prompt = Annotated[int, _workload("Prompt tokens, without a trace.", min=1)]
+Output = Annotated[int, _workload("Output tokens, without a trace.", min=1)]
+TtftTarget = Annotated[float | None, _workload("TTFT target of requests without one.")]
+TpotTarget = Annotated[float | None, _workload("TPOT target of requests without one.")]
+
+Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="A policy; may be repeated. chunked and prefill-first by default."),
+]
+MachineName = Annotated[str, _machine("linear, llama-3.1-70b-8xa100 or qwen2.5-32b-4xa100.", metavar="NAME")]
+ProfileFile = Annotated[Path | None, _machine("A profile written by headrace profile, instead of --machine.")]
+MaxSequences = Annotated[int, _machine("Sequences running at once.", min=1)]
+MaxStepTokens = Annotated[int, _machine("Tokens in one step.", min=1)]
+Slots = Annotated[int, _machine("Tokens whose K and V fit the memory.", min=2)]
+Context = Annotated[int, _machine("Longest prompt plus output; more is cut.", min=2)]
+PrefixCache = Annotated[bool, _machine("Share the K and V of equal prefixes.", "--prefix-cache/--no-prefix-cache")]
+
+Seed = Annotated[int, typer.Option(help="Seed of arrivals and tokens.")]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", help="Where to write the result; results/simulate.json by default.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Write curves over the rate to this PNG.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Within 90 seconds: at most 200 requests.")]
 
 
 def simulate(
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="Azure or Mooncake trace, or JSON lines {emission_time_ms, prompt | input_length, output_length, slo}; "
-            "without one, arrivals are drawn.",
-            rich_help_panel=WORKLOAD,
-        ),
-    ] = None,
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Requests per second; may be repeated. The trace's own by default.", rich_help_panel=WORKLOAD
-        ),
-    ] = None,
-    requests: Annotated[
-        int, typer.Option(min=1, help="Requests to replay, from the start.", rich_help_panel=WORKLOAD)
-    ] = 1000,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens, without a trace.", rich_help_panel=WORKLOAD)] = 512,
-    output: Annotated[int, typer.Option(min=1, help="Output tokens, without a trace.", rich_help_panel=WORKLOAD)] = 128,
-    slo_ttft_ms: Annotated[
-        float | None, typer.Option(help="TTFT target of requests without one.", rich_help_panel=WORKLOAD)
-    ] = None,
-    slo_tpot_ms: Annotated[
-        float | None, typer.Option(help="TPOT target of requests without one.", rich_help_panel=WORKLOAD)
-    ] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help="A policy; may be repeated. chunked and prefill-first by default.")
-    ] = None,
-    machine: Annotated[
-        str,
-        typer.Option(
-            help="linear, llama-3.1-70b-8xa100 or qwen2.5-32b-4xa100.", rich_help_panel=MACHINE, metavar="NAME"
-        ),
-    ] = "llama-3.1-70b-8xa100",
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="A profile written by headrace profile, instead of --machine.", rich_help_panel=MACHINE),
-    ] = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences running at once.", rich_help_panel=MACHINE)] = 64,
-    max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.", rich_help_panel=MACHINE)] = 512,
-    slots: Annotated[int, typer.Option(min=2, help="Tokens whose K and V fit the memory.", rich_help_panel=MACHINE)] = 1
-    << 18,
-    context: Annotated[
-        int, typer.Option(min=2, help="Longest prompt plus output; more is cut.", rich_help_panel=MACHINE)
-    ] = 1 << 14,
-    prefix_cache: Annotated[
-        bool,
-        typer.Option(
-            "--prefix-cache/--no-prefix-cache", help="Share the K and V of equal prefixes.", rich_help_panel=MACHINE
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of arrivals and tokens.")] = 0,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Where to write the result; results/simulate.json by default.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write curves over the rate to this PNG.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Within 90 seconds: at most 200 requests.")] = False,
+    trace: Trace = None,
+    rate: Rates = None,
+    requests: Requests = 1000,
+    prompt: Prompt = 512,
+    output: Output = 128,
+    slo_ttft_ms: TtftTarget = None,
+    slo_tpot_ms: TpotTarget = None,
+    policy: Policies = None,
+    machine: MachineName = "llama-3.1-70b-8xa100",
+    profile: ProfileFile = None,
+    max_sequences: MaxSequences = 64,
+    max_step_tokens: MaxStepTokens = 512,
+    slots: Slots = 1 << 18,
+    context: Context = 1 << 14,
+    prefix_cache: PrefixCache = False,
+    seed: Seed = 0,
+    json_path: JsonPath = None,
+    plot: Plot = None,
+    quick: Quick = False,
 ) -> None:
     """Compare policies on a trace in simulated time: the real engine and policies, a modelled machine."""
     from rich.console import Console
@@ -114,7 +118,7 @@ def simulate(
 
 
 def _profile(path: Path | None, machine: str) -> Profile:
-    from headrace.bench.machines import get_machine
+    from headrace.bench.simulation.machines import get_machine
     from headrace.profiling import store
 
     if path is None:
@@ -131,8 +135,8 @@ def _profile(path: Path | None, machine: str) -> Profile:
 def _arrivals(
     trace: Path | None, costs: Profile, slo: SLO, count: int, prompt: int, output: int, rate: float, seed: int
 ) -> list[Arrival]:
-    from headrace.bench.traces import load_trace
-    from headrace.bench.workload import poisson, truncated
+    from headrace.bench.workloads.arrivals import poisson, truncated
+    from headrace.bench.workloads.traces import load_trace
     from headrace.core.batch import StepShape
 
     if trace is None:

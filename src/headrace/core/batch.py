@@ -51,7 +51,7 @@ class Segment:
 class StepShape:
     """The size of a step, the key under which its cost is measured.
 
-    ``prefill_tokens`` belong to segments longer than one row that are not trees, ``decode_tokens`` to the rest;
+    ``prefill_tokens`` belong to segments longer than one row that verify no draft, ``decode_tokens`` to the rest;
     ``context`` is the sum of context lengths and ``attended`` the number of (query row, key) pairs before masking.
     """
 
@@ -60,6 +60,16 @@ class StepShape:
     context: int
     sequences: int
     attended: int
+
+    def __add__(self, other: StepShape) -> StepShape:
+        """The shape of a step that holds both."""
+        return StepShape(
+            self.prefill_tokens + other.prefill_tokens,
+            self.decode_tokens + other.decode_tokens,
+            self.context + other.context,
+            self.sequences + other.sequences,
+            self.attended + other.attended,
+        )
 
 
 @dataclass(slots=True)
@@ -113,13 +123,14 @@ def ancestor_words(parents: Ints) -> Ints:
         ValueError: when a parent does not come before its child.
     """
     n = len(parents)
-    words = np.zeros((n, (n + WORD_BITS - 1) // WORD_BITS), np.uint32)
+    seen: list[int] = []  # per row its bits as one number: a tree is short, and numpy dear for single rows
     for row, parent in enumerate(parents.tolist()):
         if not -1 <= parent < row:
             raise ValueError(f"parents[{row}] is {parent}: a parent must come before its child (or be -1)")
-        if parent >= 0:
-            words[row] = words[parent]
-        words[row, row // WORD_BITS] |= np.uint32(1 << (row % WORD_BITS))
+        seen.append(1 << row | (seen[parent] if parent >= 0 else 0))
+    words = np.empty((n, (n + WORD_BITS - 1) // WORD_BITS), np.uint32)
+    for word in range(words.shape[1]):
+        words[:, word] = [bits >> word * WORD_BITS & 0xFFFFFFFF for bits in seen]
     return words.view(np.int32)
 
 
@@ -200,7 +211,7 @@ def step_shape(segments: Sequence[Segment]) -> StepShape:
     prefill = decode = context = attended = 0
     for segment in segments:
         rows, held = len(segment.tokens), len(segment.context_slots)
-        if rows > 1 and segment.parents is None:
+        if rows > 1 and segment.parents is None and segment.purpose != "verify":
             prefill += rows
         else:
             decode += rows

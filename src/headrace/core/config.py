@@ -24,8 +24,10 @@ class EngineConfig:
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:0".
         attention: "auto" or a backend's name ("reference", "numba", "triton").
-        linears: "auto", "module" (the checkpoint's own) or "native" (compiled skinny kernels).
+        linears: "auto", "module" (the checkpoint's own) or "native" (compiled kernels, in one call per step where the layers allow it).
         policy: a registered policy's name.
+        draft: where drafts come from, for policies that speculate: "auto" (the draft that ships with the bundled
+            model, and n-grams), "ngram", "off", or a checkpoint with the model's vocabulary, as a folder or a hub name.
         limits: bounds of a step.
         quantize: round the weights while loading: "int8" or "nf4"; None leaves them.
         kv_gib: GiB for K and V; None takes a share of the free memory.
@@ -36,6 +38,7 @@ class EngineConfig:
         trust_remote_code: run Python code that comes with a checkpoint.
         profile: what steps cost: "auto" (as stored, else measured, which holds the start up for some seconds), "measure" (anew), "off",
             or the file to keep it in. ``HEADRACE_PROFILE`` where it is set, else "auto".
+        enforce_eager: launch every kernel of every step on GPUs, rather than replay captured ones.
         tp: ranks that share every layer of the model (tensor parallelism): one GPU each, or on the CPU one process each.
         threads: CPU threads for the model; None takes ``OMP_NUM_THREADS`` where it is set, else all cores available to the process.
     """
@@ -48,6 +51,7 @@ class EngineConfig:
     linears: str = "auto"
     quantize: str | None = None
     policy: str = "chunked"
+    draft: str = "auto"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None
     kv_cache_dtype: str = "auto"
@@ -56,6 +60,7 @@ class EngineConfig:
     max_queue: int = 256
     trust_remote_code: bool = False
     profile: str = field(default_factory=lambda: os.environ.get("HEADRACE_PROFILE") or "auto")
+    enforce_eager: bool = False
     tp: int = 1
     threads: int | None = None
 

@@ -108,6 +108,9 @@ class EngineStats:
             were; ``observed_seconds`` is what they took.
         profile_error: |predicted / measured - 1| of each of them; ``profile_error_p50`` is the median of the latest, None
             without a profile.
+        verifications: decode rows that were roots of drafts or stood alone.
+        drafted, accepted: draft nodes verified, and those of them that were committed.
+        draft_s, plan_s: seconds spent in drafting and in the policy since the start.
     """
 
     running: int = 0
@@ -124,6 +127,11 @@ class EngineStats:
     forward_ms: float = 0.0
     finished: int = 0
     aborted: int = 0
+    verifications: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    plan_s: float = 0.0
     step_seconds: Counts = field(default_factory=lambda: Counts(STEP_SECONDS))
     forward_seconds: Counts = field(default_factory=lambda: Counts(STEP_SECONDS))
     predicted_steps: int = 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from headrace.core.batch import Ints
 from headrace.core.request import SLO
+from headrace.core.speculation import DraftPlan, DraftTree, Outlook
 
 if TYPE_CHECKING:
     from headrace.core.protocols import Profile
@@ -59,6 +61,10 @@ class SequenceView(Protocol):
     def first_token(self) -> float | None:
         """When the first token was committed."""
 
+    @property
+    def speculate(self) -> bool | None:
+        """The client's word on speculation: True forces it on, False off, None leaves it to the policy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -80,8 +86,10 @@ class View:
     """The engine's state before a step.
 
     ``running`` are admitted sequences in order of admission, ``waiting`` the queue ordered by (priority, arrival, id).
-    ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``profile`` tells what a step of any
-    shape would cost now, None where nobody measured: a policy must do without.
+    ``free_slots`` counts slots that are free or held only by evictable cached prefixes. ``profile`` tells what a step
+    of any shape would cost now, None where nobody measured: a policy must do without. ``outlook`` is what may be
+    expected of drafts (None: there is no drafter), ``candidates`` the drafts made for this step, by sequence, with
+    calibrated probabilities.
     """
 
     now: float
@@ -91,6 +99,8 @@ class View:
     total_slots: int
     limits: Limits
     profile: Profile | None = None
+    outlook: Outlook | None = None
+    candidates: Mapping[int, DraftTree] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -102,10 +112,13 @@ class StepPlan:
             cut to it.
         victims: ids to preempt, first to go first, should slots run out. A sequence preempts only those before it in this
             order (any, if it is not in it), and none that has got its chunk of this step. Those left out are never preempted.
+        nodes: sequence id -> int32[k], the nodes of its candidate tree to verify beside its chunk of 1, each after its parent;
+            the first ones are kept should slots be short. Ignored for a sequence without a chunk.
     """
 
     chunks: list[tuple[int, int]] = field(default_factory=list)
     victims: list[int] = field(default_factory=list)
+    nodes: dict[int, Ints] = field(default_factory=dict)
 
 
 Steadiness = Literal["always", "unqueued", "never"]
@@ -125,3 +138,11 @@ class Policy(Protocol):
 
     def plan(self, view: View) -> StepPlan:
         """What the admitted sequences do in this step."""
+
+
+@runtime_checkable
+class DraftingPolicy(Policy, Protocol):
+    """A policy that speculates: it is asked for a draft plan first, and then plans with the candidates in view."""
+
+    def draft(self, view: View) -> DraftPlan:
+        """Which admitted sequences to draft for, how deep and how wide; asked only while ``view.outlook`` is there."""

@@ -173,6 +173,7 @@ class Request:
         arrival: when the client's request reached us; 0.0 lets the engine stamp it.
         cache_salt: requests share cached prefixes only under the same salt.
         owner: who pays (an API key's label), for fair sharing; never the key itself.
+        speculate: True drafts for this request wherever drafts can be had, False never does, None leaves it to the policy.
     """
 
     id: str
@@ -184,3 +185,4 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     owner: str = ""
+    speculate: bool | None = None

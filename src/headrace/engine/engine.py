@@ -6,52 +6,35 @@ It knows nothing of texts, sockets or processes, and meets the model only as a :
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from headrace.core.batch import Packer, Segment
 from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
-from headrace.core.outputs import EngineStats, FinishReason, SequenceDelta
-from headrace.core.policy import Limits, Policy, StepPlan, View
-from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver, StepResult
+from headrace.core.outputs import EngineStats, SequenceDelta
+from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
+from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
+from headrace.engine.assembly import Assembled, assemble
+from headrace.engine.drafting import Drafting
+from headrace.engine.head import Head
 from headrace.engine.kv import KVSpace
 from headrace.engine.memory import StepBudget
 from headrace.engine.queue import WaitingQueue
-from headrace.engine.sampling import Draw, Sampled, stream_key
+from headrace.engine.sampling import stream_key
+from headrace.engine.seams import Grammars, TokenSampler
 from headrace.engine.sequence import Sequence
+from headrace.engine.verify import settled
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from headrace.core.batch import Ints, StepShape
-    from headrace.core.request import Structure
-    from headrace.engine.grammar import CompiledGrammar, GrammarState
+    from headrace.core.batch import StepShape
+    from headrace.core.speculation import DraftTree
 
 _NONE = np.empty(0, np.int32)
-
-
-class TokenSampler(Protocol):
-    """Draws one token a row."""
-
-    def sample(self, result: StepResult, rows: Seq[Draw]) -> list[Sampled]:
-        """One outcome per draw, in order."""
-
-
-class Grammars(Protocol):
-    """Compiles structures in the background."""
-
-    def compile(self, structure: Structure) -> Future[CompiledGrammar]:
-        """A future of the compiled grammar; it fails with :class:`InvalidRequest`."""
-
-    def start(self, compiled: CompiledGrammar) -> GrammarState:
-        """A fresh state at the start of an answer."""
 
 
 class Engine:
@@ -68,7 +51,10 @@ class Engine:
         grammars: compiler for structured output; None refuses such requests.
         profile: what steps cost, for the policy to ask.
         observer: is told what every step took.
+        drafting: drafters, for policies that speculate; None never does.
     """
+
+    sequence_type: type[Sequence] = Sequence
 
     def __init__(
         self,
@@ -83,10 +69,11 @@ class Engine:
         grammars: Grammars | None = None,
         profile: Profile | None = None,
         observer: StepObserver | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         self.runner, self.space, self.policy, self.sampler = runner, space, policy, sampler
         self.card, self.grammars = card, grammars
-        self.profile, self.observer = profile, observer
+        self.profile, self.observer, self.drafting = profile, observer, drafting
         self.limits = limits or Limits()
         self.clock: Clock = clock or WallClock()
         self._budget = StepBudget(self.limits)
@@ -114,7 +101,7 @@ class Engine:
         request = complete_request(request, self.card, self.limits, now=self.clock.now())
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
-        sequence = Sequence.of(request, self.card, self._take_id())
+        sequence = self.sequence_type.of(request, self.card, self._take_id())
         structure = request.params.structure
         if structure is None:
             self._waiting.push(sequence)
@@ -135,15 +122,17 @@ class Engine:
     def step(self) -> list[SequenceDelta]:
         """Run one step and return what it brought forth (also of cancels and failures since the last)."""
         started = time.perf_counter()
+        drafted = self._stats.draft_s
         self._start_compiled()
         self._admit()
-        plan = self.policy.plan(self._view())
-        segments, scheduled = self._assemble(plan)
+        plan = self._plan()
+        segments, scheduled, trees = self._assemble(plan)
         if segments:
-            shape = self._run(segments, scheduled)
-            self._stats.count_step(time.perf_counter() - started)
+            shape = self._run(segments, scheduled, trees)
+            seconds = time.perf_counter() - started
+            self._stats.count_step(seconds)
             if self.observer is not None and shape is not None:
-                self.observer.observe(shape, self._stats.step_ms)
+                self.observer.observe(shape, (seconds - self._stats.draft_s + drafted) * 1e3)
         elif victim := next((v for v in plan.victims if v in self._running), None):
             # Everyone holds slots and nobody gets another: the least urgent gives way, or, alone, swaps its copy of a prefix
             # for the one that another published.
@@ -161,10 +150,14 @@ class Engine:
             self.observer.report(stats)
         return stats
 
-    def close(self) -> None:
-        """Abort everything that is open, and let go of what the runner holds beyond this process."""
+    def abort_all(self) -> None:
+        """Abort everything that is open."""
         for request_id in list(self._requests):
             self.cancel(request_id)
+
+    def close(self) -> None:
+        """Abort everything that is open, and let go of what the runner holds beyond this process."""
+        self.abort_all()
         if isinstance(self.runner, Closeable):
             self.runner.close()
         if self.observer is not None:
@@ -199,7 +192,24 @@ class Engine:
             total_slots=self.space.pool.size,
             limits=self._budget.limits,
             profile=self.profile,
+            outlook=self.drafting.outlook if self.drafting is not None else None,
         )
+
+    def _plan(self) -> StepPlan:
+        """Ask the policy, after the drafts it wants have been made."""
+        view = self._view()
+        started = time.perf_counter()
+        drafted = 0.0
+        if self.drafting is not None and isinstance(self.policy, DraftingPolicy):
+            orders = self.policy.draft(view)
+            begun = time.perf_counter()
+            view.candidates = self.drafting.draft(orders, self._running)
+            drafted = time.perf_counter() - begun
+            view.now = self.clock.now()
+        plan = self.policy.plan(view)
+        self._stats.draft_s += drafted
+        self._stats.plan_s += time.perf_counter() - started - drafted
+        return plan
 
     def _admit(self) -> None:
         if not self._waiting.ready:
@@ -218,35 +228,8 @@ class Engine:
 
     # ---- assembling a step -----------------------------------------------------------------------------------
 
-    def _assemble(self, plan: StepPlan) -> tuple[list[Segment], list[Sequence]]:
-        segments: list[Segment] = []
-        scheduled: list[Sequence] = []
-        served: set[int] = set()
-        for number, tokens in plan.chunks:
-            sequence = self._running.get(number)
-            if sequence is None:  # preempted for one that came before it
-                continue
-            slots = self._room(sequence, min(tokens, sequence.pending), served, plan)
-            if len(slots):
-                served.add(number)
-                sequence.hold(slots)
-                segments.append(sequence.segment(slots))
-                scheduled.append(sequence)
-        return segments, scheduled
-
-    def _room(self, sequence: Sequence, count: int, served: set[int], plan: StepPlan) -> Ints:
-        """Slots for ``count`` tokens of ``sequence``; fewer, perhaps none, when there is nobody left to preempt for it.
-
-        It may preempt those who go before it in the plan's order of victims, but nobody who is in this step already.
-        """
-        before = itertools.takewhile(lambda number: number != sequence.id, plan.victims)
-        while (slots := self.space.reserve(count)) is None:
-            victim = next((v for v in before if v in self._running and v not in served), None)
-            if victim is None:
-                slots = self.space.reserve(min(count, self.space.available))
-                return _NONE if slots is None else slots
-            self._preempt(self._running[victim])
-        return slots
+    def _assemble(self, plan: StepPlan) -> Assembled:
+        return assemble(plan, self._running, self.space, self.drafting, self._preempt)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; what nobody overwrites of its K and V is found again later."""
@@ -260,7 +243,9 @@ class Engine:
 
     # ---- running and committing ------------------------------------------------------------------------------
 
-    def _run(self, segments: list[Segment], scheduled: list[Sequence]) -> StepShape | None:
+    def _run(
+        self, segments: list[Segment], scheduled: list[Sequence], trees: list[DraftTree | None]
+    ) -> StepShape | None:
         """Run and commit a step; its shape, or None when it did not fit."""
         batch = self._packer.pack(segments)
         try:
@@ -273,21 +258,43 @@ class Engine:
             raise
         self._budget.succeeded()
         self._stats.count_forward(result.forward_s, batch.shape)
-        heads: list[Sequence] = []
-        draws: list[Draw] = []
-        row = 0
-        for segment, sequence in zip(segments, scheduled, strict=True):
-            sequence.context += len(segment.tokens)
-            if len(segment.wanted):
-                for twin in self._fork(sequence):
-                    heads.append(twin)
-                    draws.append(self._draw(twin, row))
-                row += 1
-        sampled = self.sampler.sample(result, draws)
+        heads = self._heads(segments, scheduled, trees)
+        going = heads
+        while True:  # a round draws one token for each: all of them, then those whose drafts have carried it
+            outcomes = self.sampler.sample(result, [head.draw() for head in going])
+            going = [head for head, outcome in zip(going, outcomes, strict=True) if head.take(outcome)]
+            if not going:
+                break
         now = self.clock.now()
-        for sequence, outcome in zip(heads, sampled, strict=True):
-            self.commit(sequence, [outcome], now)
+        for head in heads:
+            self._keep(head)
+            self.commit(head, now)
         return batch.shape
+
+    def _heads(self, segments: list[Segment], scheduled: list[Sequence], trees: list[DraftTree | None]) -> list[Head]:
+        """Those who draw in this step."""
+        heads: list[Head] = []
+        row = 0
+        for segment, sequence, tree in zip(segments, scheduled, trees, strict=True):
+            if tree is not None:
+                heads.append(Head(sequence, row, tree, segment.write_slots))
+            else:
+                sequence.context += len(segment.tokens)
+                if len(segment.wanted):
+                    heads += [Head(twin, row) for twin in self._fork(sequence)]
+            row += len(segment.wanted)
+        return heads
+
+    def _keep(self, head: Head) -> None:
+        """Keep the slots of the root and of the accepted nodes, free the others, and learn from the outcome."""
+        if head.tree is None or self.drafting is None:
+            return
+        kept, gone = settled(head.slots, head.walk.path)
+        head.sequence.settle(kept)
+        self.space.pool.release(gone)
+        self._stats.drafted += len(head.tree)
+        self._stats.accepted += len(head.walk.path)
+        self.drafting.verified(head.sequence.id, head.tree, head.walk.path)
 
     def _survive(self, error: OutOfMemory, segments: list[Segment], scheduled: list[Sequence]) -> None:
         """Undo a step that did not fit and shrink the next ones; a lone sequence at the floor is given up."""
@@ -299,19 +306,6 @@ class Engine:
         """Hand back the slots a step was to write."""
         for segment in segments:
             self.space.pool.release(segment.write_slots)
-
-    @staticmethod
-    def _draw(sequence: Sequence, row: int) -> Draw:
-        return Draw(
-            row=row,
-            params=sequence.request.params,
-            seed=sequence.draw_key,
-            index=len(sequence.output),
-            prompt=sequence.request.prompt,
-            output=sequence.output,
-            stop_ids=sequence.stop_ids,
-            grammar=sequence.grammar,
-        )
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
         """The sequences that draw from this row: the leader, and its new siblings if its prompt has just ended."""
@@ -333,34 +327,25 @@ class Engine:
                 self._abort(sequence)
         return [sequence for sequence in family if sequence.running]
 
-    def commit(self, sequence: Sequence, outcomes: Seq[Sampled], now: float) -> None:
-        """Append the tokens a step brought a sequence, up to the first that ends it, and tell its reader.
+    def commit(self, head: Head, now: float) -> None:
+        """Tell the reader of a sequence what it drew, and end it where it ended.
 
-        The K and V of all but the last token must be in its slots already: one token after a plain step, several
-        after a verified draft.
+        The K and V of all but the last token must be in its slots already.
         """
-        delta = SequenceDelta(sequence.request.id, sequence.index)
-        if sequence.params.logprobs is not None:
-            delta.logprobs = []
-        for outcome in outcomes:
-            if outcome.error is not None:
-                if delta.tokens:
-                    self._deltas.append(delta)
-                self._fail(sequence, outcome.error)
-                return
-            sequence.append(outcome.token)
-            delta.tokens.append(outcome.token)
-            if delta.logprobs is not None and outcome.logprobs is not None:
-                delta.logprobs.append(outcome.logprobs)
-            delta.reason = self._reason(sequence, outcome.token)
-            if delta.reason is not None:
-                break
+        sequence, delta = head.sequence, head.delta
+        if head.error is not None:
+            if delta.tokens:
+                self._deltas.append(delta)
+            self._fail(sequence, head.error)
+            return
         timing = sequence.timing
         if timing.first_token is None:
             timing.first_token = now
             delta.timing = timing
             if sequence.index == 0:  # not before: logits that are no numbers would leave a bad prompt to be found
                 self.space.publish(sequence)
+        else:
+            self._stats.verifications += 1
         timing.last_token = now
         timing.decoded = len(sequence.output)
         if delta.reason is None:
@@ -370,15 +355,6 @@ class Engine:
                 delta.stop_token = delta.tokens[-1]
             self._stats.finished += 1
             self._finish(sequence, delta)
-
-    @staticmethod
-    def _reason(sequence: Sequence, token: int) -> FinishReason | None:
-        """Why ``token``, just appended, ends the sequence; None when it goes on."""
-        if token in sequence.stop_ids:
-            return "stop"
-        if sequence.grammar is not None and (not sequence.grammar.accept(token) or sequence.grammar.terminated):
-            return "stop"
-        return "length" if len(sequence.output) >= sequence.max_tokens else None
 
     def _finish(self, sequence: Sequence, delta: SequenceDelta) -> None:
         """Take a sequence out of the engine and hand its slots back (its K and V stay findable)."""
@@ -390,6 +366,8 @@ class Engine:
             self.space.release(sequence)
         else:
             self._waiting.discard(sequence)
+        if self.drafting is not None:
+            self.drafting.forget(sequence.id)
         family = self._requests[sequence.request.id]
         family.remove(sequence)
         if not family:

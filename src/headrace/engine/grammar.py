@@ -24,7 +24,7 @@ from headrace.core.request import Structure
 from headrace.engine import schema
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 MAX_SPEC = 64 * 1024
 MAX_CHOICES = 1024
@@ -164,7 +164,7 @@ class GrammarCompiler:
     while ``_MAX_STUCK`` are stuck new grammars are refused.
 
     Args:
-        tokenizer: a :class:`headrace.models.tokenizer.Tokenizer`, or the folder to load one from when first needed.
+        tokenizer: a :class:`headrace.models.text.tokenizer.Tokenizer`, or the folder to load one from when first needed.
         vocab_size: width of the logits.
         stop_ids: ids that may follow a complete text.
         capacity: compiled grammars kept.
@@ -297,7 +297,7 @@ class GrammarCompiler:
             if json_only not in self._backends:
                 import xgrammar
 
-                from headrace.models.tokenizer import Tokenizer
+                from headrace.models.text.tokenizer import Tokenizer
 
                 if not isinstance(self._tokenizer, Tokenizer):
                     self._tokenizer = Tokenizer(self._tokenizer)

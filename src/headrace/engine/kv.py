@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headrace.engine.sequence import Sequence
-from headrace.models.radix import RadixCache
-from headrace.models.slots import SlotPool
+from headrace.models.cache.radix import RadixCache
+from headrace.models.cache.slots import SlotPool
 
 if TYPE_CHECKING:
     from headrace.core.batch import Ints

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PATIENCE_S = 5.0
@@ -41,7 +43,8 @@ class Link:
 
     def start(self) -> None:
         """Start the process and its two threads; raises OSError when the system has no room for another process."""
-        self.process.start()
+        with _idle_threads_sleep():
+            self.process.start()
         self._far.close()  # so that the pipe ends when the child does
         self._writer.start()
         threading.Thread(target=self._read, name="headrace-engine-read", daemon=True).start()
@@ -83,3 +86,19 @@ class Link:
                 return
             except Exception as error:  # whatever pickle raises concerns this message alone
                 self._receive(("unsent", message, error))
+
+
+@contextlib.contextmanager
+def _idle_threads_sleep() -> Iterator[None]:
+    """Meanwhile new processes inherit a setting by which OpenMP threads sleep while they wait, unless the user chose one.
+
+    The engine shares its cores with the server's process. Threads that spin would keep them from it, and then wait for each other.
+    """
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]

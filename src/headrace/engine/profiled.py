@@ -66,7 +66,7 @@ class StepTimer:
             engine.step()
             return (time.perf_counter() - started) * 1e3
         finally:
-            engine.close()
+            engine.abort_all()
             engine.step()  # hands out the aborts
 
     def _add(self, count: int, found: int, new: int) -> None:

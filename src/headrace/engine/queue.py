@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Any
 
-from headrace.engine.policies.order import urgency
+from headrace.core.order import urgency
 from headrace.engine.sequence import Sequence
 
 

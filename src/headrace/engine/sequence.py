@@ -9,11 +9,13 @@ import numpy as np
 from headrace.core.batch import Segment
 from headrace.core.outputs import RequestTiming
 from headrace.core.request import SLO, Request, SamplingParams
+from headrace.core.speculation import ROOT
 from headrace.engine.rng import stream_key
 
 if TYPE_CHECKING:
     from headrace.core.batch import Ints
     from headrace.core.protocols import ModelCard
+    from headrace.core.speculation import DraftTree
     from headrace.engine.grammar import GrammarState
 
 _NONE = np.empty(0, np.int32)
@@ -97,6 +99,11 @@ class Sequence:
         """When the first token was committed, in seconds on the engine's clock."""
         return self.timing.first_token
 
+    @property
+    def speculate(self) -> bool | None:
+        """The client's word on speculation."""
+        return self.request.speculate
+
     def append(self, token: int) -> None:
         """Add a generated token; its K and V are pending."""
         if self.length == len(self.tokens):
@@ -134,9 +141,28 @@ class Sequence:
             wanted=np.arange(count - 1, count, dtype=np.int32) if end == self.length else _NONE,
         )
 
+    def tree_segment(self, slots: Ints, tree: DraftTree) -> Segment:
+        """The newest token as root with ``tree`` below it, in ``slots`` (root first); the logits of every row are wanted."""
+        begin, count = self.context, len(slots)
+        return Segment(
+            sequence=self.id,
+            tokens=np.concatenate([self.tokens[begin : begin + 1], tree.tokens]),
+            positions=np.concatenate([np.array([begin], np.int32), begin + tree.depths]),
+            write_slots=slots,
+            context_slots=self.slots[:begin],
+            wanted=np.arange(count, dtype=np.int32),
+            parents=None if tree.is_chain else np.concatenate([np.array([ROOT], np.int32), tree.parents + 1]),
+            purpose="verify",
+        )
+
+    def settle(self, kept: Ints) -> None:
+        """Note that the next ``len(kept)`` tokens have their K and V in ``kept``, whatever slots were held for them."""
+        self.hold(kept)
+        self.context += len(kept)
+
     def fork(self, number: int, index: int, draw_key: int) -> Sequence:
         """A sibling with the same tokens and slot table (the caller shares the slots' references)."""
-        twin = Sequence(
+        twin = type(self)(
             number, self.request, index, draw_key=draw_key, stop_ids=self.stop_ids, max_tokens=self.max_tokens
         )
         twin.slots[: self.context] = self.slots[: self.context]

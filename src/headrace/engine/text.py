@@ -16,7 +16,7 @@ from headrace.core.request import SamplingParams
 
 
 class Decoder(Protocol):
-    """Text of a growing list of tokens, see :mod:`headrace.models.detokenizer`."""
+    """Text of a growing list of tokens, see :mod:`headrace.models.text.detokenizer`."""
 
     @property
     def pending(self) -> bool:

@@ -10,7 +10,7 @@ from headrace.core.request import SLO, Request
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 
 class Job:

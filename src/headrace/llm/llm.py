@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from headrace.engine.engine import Engine
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ class LLM:
 
     def __init__(self, model: str = "bundled", **engine_options: Any) -> None:
         from headrace.compose import build_engine
-        from headrace.models.tokenizer import Tokenizer
+        from headrace.models.text.tokenizer import Tokenizer
 
         config = EngineConfig.from_options(model=model, **engine_options)
         engine = build_engine(config)

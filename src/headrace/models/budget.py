@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headrace.core.errors import InvalidRequest, OutOfMemory
-from headrace.models import planes
+from headrace.models.cache import planes
 
 if TYPE_CHECKING:
     from headrace.models.loaded import LoadedModel
@@ -45,7 +45,7 @@ def kv_slots(model: LoadedModel, kv_gib: float | None, max_context: int, kv_cach
         kv_gib: GiB for K and V; None takes a share of the free memory (a quarter on the CPU and at most 4 GiB there, 85 % on a GPU),
             but always one full context.
         max_context: longest prompt plus output in tokens.
-        kv_cache_dtype: how K and V are kept, see :func:`headrace.models.planes.add_planes`.
+        kv_cache_dtype: how K and V are kept, see :func:`headrace.models.cache.planes.add_planes`.
 
     Raises:
         InvalidRequest: ``kv_gib`` cannot hold one sequence of ``max_context`` tokens, or no memory can; the message has the numbers.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from headrace.models.planes import write
+from headrace.models.cache.planes import write
 
 if TYPE_CHECKING:
     from headrace.models.attention import AttentionBackend, AttentionStep
-    from headrace.models.planes import Scales
+    from headrace.models.cache.planes import Scales
 
 NAME = "headrace"
 

@@ -14,7 +14,9 @@ import torch
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.protocols import ModelCard
-from headrace.models import budget, checkpoint, families, hub, probe, rope, support
+from headrace.models import budget, families, probe, rope
+from headrace.models.checkpoints import checks as checkpoint
+from headrace.models.checkpoints import hub, prequantised, support
 from headrace.models.loaded import LoadedModel
 from headrace.models.parallel.sharing import Sharing
 
@@ -38,7 +40,7 @@ def load(
     """Find, check and load a model.
 
     Args:
-        name: as for :func:`headrace.models.hub.resolve`.
+        name: as for :func:`headrace.models.checkpoints.hub.resolve`.
         dtype: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on the CPU: without bfloat16 units, which most CPUs lack,
             half precision is converted back and forth around every product and loses both time and accuracy. On a GPU it is
             bfloat16, or float16 where the GPU has no bfloat16.
@@ -64,12 +66,15 @@ def load(
     kind, config = support.check_supported(whole, str(path) if trust_remote_code else None)
     names = {} if config is whole else support.TEXT_KEYS
     checkpoint.check_tokenizer(path)
+    with _quiet(False):
+        stored = prequantised.settle(name, whole, config, place, alone=group is None)
     wanted = checkpoint.parameter_shapes(kind, config)
-    checkpoint.check_shapes(path, checkpoint.renamed(checkpoint.read_shapes(path), names), wanted)
+    shapes = checkpoint.read_shapes(path) if stored is None else checkpoint.float_shapes(path)
+    checkpoint.check_shapes(path, checkpoint.renamed(shapes, names), wanted)
     shared = None if group is None else Sharing.of(name, kind, config, wanted, group, place)
-    budget.check_weights(
-        name, sum(map(math.prod, wanted.values())) // (shared.parts if shared else 1), precision, place
-    )
+    size = sum(map(math.prod, wanted.values()))
+    held = size if stored is None or stored.widened else checkpoint.weight_bytes(path) // precision.itemsize
+    budget.check_weights(name, held // (shared.parts if shared else 1), precision, place)
     with _quiet(progress), contextlib.nullcontext() if shared is None else shared.environment():
         module, info = kind.from_pretrained(
             path,
@@ -81,9 +86,13 @@ def load(
             output_loading_info=True,
             **({"key_mapping": names} if names else {}),
             **(shared.options() if shared else {}),
+            **(stored.options(place) if stored else {}),
         )
     checkpoint.check_loaded(path, info)
-    module = module.to(place).eval().requires_grad_(False)
+    if stored is None or stored.widened:
+        module = module.to(place)  # the others were put there, and many must not be moved
+    module = module.eval().requires_grad_(False)
+    prequantised.release(module, stored)
     context = rope.settle(module, max_context)
     card = ModelCard(
         name=name,
@@ -93,7 +102,8 @@ def load(
         stop_ids=stop_ids(path, config),
         created=int((path / "config.json").stat().st_mtime),
         dtype=str(precision).removeprefix("torch."),
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameters=size if stored else sum(parameter.numel() for parameter in module.parameters()),
+        quantization=stored.method if stored else "",
     )
     if shared is not None:
         config = shared.settle(module)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from headrace.core.batch import Packer, Segment
 from headrace.core.errors import HeadraceError, UnsupportedModel
+from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 if TYPE_CHECKING:
     from headrace.models.loaded import LoadedModel

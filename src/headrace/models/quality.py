@@ -18,9 +18,9 @@ from torch import Tensor
 from headrace.core.batch import Ints, Packer, Segment
 from headrace.core.errors import HeadraceError
 from headrace.core.protocols import Quality, Runner
+from headrace.models.cache.slots import SlotPool
 from headrace.models.loaded import LoadedModel
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 CHUNK = 64
 SECONDS = 5.0  # of one reading; no chunk begins after it
@@ -78,7 +78,7 @@ class Reading:
 
 def sample(path: Path, *, limit: int, trust_remote_code: bool = False) -> Ints:
     """Token ids of the built-in text, at most ``limit``; none where the tokenizer of ``path`` cannot be read."""
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
     try:
         ids = Tokenizer(path, trust_remote_code=trust_remote_code).encode(TEXT)

@@ -13,15 +13,15 @@ from headrace.native import build
 from headrace.native.blocks import refuse_gradients
 from headrace.native.memory import Arena
 
-Storage = Literal["auto", "float32", "bfloat16", "int8"]
+Storage = Literal["auto", "float32", "bfloat16", "int8", "nf4"]
 
-QUANTISED: tuple[Storage, ...] = ("int8",)
+QUANTISED: tuple[Storage, ...] = ("int8", "nf4")
 """Storages that round the weights."""
 
 MAX_INT8_DEPTH = 1 << 17
 """Beyond it a sum of products of bytes could leave 32 bits."""
 
-_CODES: dict[Storage, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+_CODES: dict[Storage, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "nf4": 3}
 
 
 class _Matrix(ctypes.Structure):
@@ -49,6 +49,7 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, result, arguments in (
         ("isa", ctypes.c_char_p, ()),
         ("panel", number, ()),
+        ("panel_bytes", number, (number, number, number)),
         ("byte_stride", number, (number,)),
         ("is_bfloat16", threads, (pointer, number, threads)),
         ("pack", None, (pointer, pointer, threads)),
@@ -102,13 +103,14 @@ class PackedMatrix:
         bias: float32[N] or None; copied.
         storage: "float32"; "bfloat16", half the bytes, only for values that are exactly bfloat16; "auto", the smallest exact one;
             "int8", a quarter of the bytes, weights rounded to 127 steps of one scale per output, rows of x to 127 steps of
-            one scale per row, summed exactly. A row of x that holds a NaN or an infinity then gives NaNs.
+            one scale per row, summed exactly, and a row of x that holds a NaN or an infinity gives NaNs; "nf4", 4.25 bits
+            a weight: the 16 NormalFloat-4 levels times a bfloat16 scale per 64 inputs, computed with in float32.
         arena: where the packed weights go; by default a place of their own.
 
     Raises:
         NativeUnavailable: when the kernels cannot be compiled here.
-        ValueError: for another device or dtype, wrong shapes, "bfloat16" where it would round, or "int8" for weights that
-            are not finite or deeper than MAX_INT8_DEPTH.
+        ValueError: for another device or dtype, wrong shapes, "bfloat16" where it would round, a quantised storage for
+            weights that are not finite, or "int8" for more than MAX_INT8_DEPTH inputs.
     """
 
     def __init__(
@@ -131,10 +133,8 @@ class PackedMatrix:
             self._bias[: self.columns] = bias.detach()
         self._scales, self._compensation = torch.empty(0), torch.empty(0, dtype=torch.int32)
         if self.storage == "int8":
-            nbytes = padded * library.headrace_byte_stride(self.depth)
             self._scales, self._compensation = torch.empty(padded), torch.empty(padded, dtype=torch.int32)
-        else:
-            nbytes = padded * self.depth * (2 if self.storage == "bfloat16" else 4)
+        nbytes = library.headrace_panel_bytes(self.columns, self.depth, _CODES[self.storage])
         self._panels = (Arena(nbytes) if arena is None else arena).take(nbytes)
         parts = (self._panels, self._bias, self._scales, self._compensation)
         self._matrix = _Matrix(*(part.data_ptr() for part in parts), self.columns, self.depth, _CODES[self.storage])
@@ -203,11 +203,10 @@ def _choose(library: ctypes.CDLL, weight: Tensor, storage: Storage, threads: int
         return "bfloat16" if exact else "float32"
     if storage not in _CODES:
         raise ValueError(f"storage is {storage!r}: give one of auto, {', '.join(_CODES)}")
-    if storage == "int8":
-        if weight.shape[1] > MAX_INT8_DEPTH:
-            raise ValueError(
-                f"int8 takes at most {MAX_INT8_DEPTH} inputs, and these weights have {weight.shape[1]}: use float32"
-            )
-        if not bool(weight.isfinite().all()):
-            raise ValueError("int8 takes finite weights, and some are NaN or infinite: pack them as float32")
+    if storage == "int8" and weight.shape[1] > MAX_INT8_DEPTH:
+        raise ValueError(
+            f"int8 takes at most {MAX_INT8_DEPTH} inputs, and these weights have {weight.shape[1]}: use float32"
+        )
+    if storage in QUANTISED and not bool(weight.isfinite().all()):
+        raise ValueError(f"{storage} takes finite weights, and some are NaN or infinite: pack them as float32")
     return storage

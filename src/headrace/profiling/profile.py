@@ -25,8 +25,8 @@ class Point:
 
     @property
     def p50(self) -> float:
-        """The median, milliseconds."""
-        return statistics.median(self.ms)
+        """The median, milliseconds; the lower one of an even number, since disturbances only ever add time."""
+        return statistics.median_low(self.ms)
 
 
 class Correction:

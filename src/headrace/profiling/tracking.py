@@ -13,6 +13,9 @@ from headrace.profiling.profile import MeasuredProfile
 RECENT = 512
 """Steps of the running median."""
 
+EVERY = 16
+"""Steps between two looks at it: whoever asks after every step shall not pay for it in every step."""
+
 WORTH_KEEPING = 64
 """Steps below which a run teaches too little to be written down."""
 
@@ -31,6 +34,8 @@ class Tracker:
         self._errors: deque[float] = deque(maxlen=RECENT)
         self._histogram = Counts(RELATIVE_ERRORS)
         self._steps, self._predicted, self._observed = 0, 0.0, 0.0
+        self._median: float | None = None
+        self._next_median = 0
 
     def observe(self, shape: StepShape, ms: float) -> None:
         """Compare, count, learn."""
@@ -47,7 +52,10 @@ class Tracker:
         """Fill in the fields of ``stats`` about predictions."""
         stats.predicted_steps, stats.predicted_seconds = self._steps, self._predicted
         stats.observed_seconds, stats.profile_error = self._observed, self._histogram
-        stats.profile_error_p50 = statistics.median(self._errors) if self._errors else None
+        if self._errors and self._steps >= self._next_median:
+            self._median = statistics.median(self._errors)
+            self._next_median = self._steps + EVERY
+        stats.profile_error_p50 = self._median
 
     def close(self) -> None:
         """Hand the profile to ``keep``, once."""

@@ -20,7 +20,7 @@ from headrace.server.settings import ServerSettings
 from headrace.version import __version__
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 
 def create_app(

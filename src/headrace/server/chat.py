@@ -20,7 +20,7 @@ from headrace.server.schemas import ChatBody
 from headrace.server.serving import Server
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 router = APIRouter(dependencies=[Depends(require_json)])
 

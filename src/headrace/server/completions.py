@@ -21,7 +21,7 @@ from headrace.server.schemas import CompletionBody
 from headrace.server.serving import Server
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 router = APIRouter(dependencies=[Depends(require_json)])
 

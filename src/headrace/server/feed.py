@@ -22,7 +22,7 @@ from headrace.server.errors import internal_error
 from headrace.server.outcome import Outcome
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from headrace.server.shape import Shape
 from headrace.server.stream import EventStream, watching
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 
 SLOHeader = Annotated[

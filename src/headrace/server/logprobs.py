@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.core.outputs import TokenLogprobs
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write; OpenAI's API uses this number."""

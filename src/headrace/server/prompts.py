@@ -12,7 +12,7 @@ from headrace.server.schemas import ChatBody, CompletionBody, Message, TokenizeB
 from headrace.server.serving import Serving
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 2048
 """Texts up to this length are tokenised on the event loop: a thread would cost more than it saves."""

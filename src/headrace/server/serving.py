@@ -18,7 +18,7 @@ from headrace.server.settings import ServerSettings
 from headrace.version import __version__
 
 if TYPE_CHECKING:
-    from headrace.models.tokenizer import Tokenizer
+    from headrace.models.text.tokenizer import Tokenizer
     from headrace.server.feed import Feed
     from headrace.server.metrics import Metrics
 

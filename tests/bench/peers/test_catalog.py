@@ -90,7 +90,7 @@ def test_installing_makes_the_environment_runs_pip_and_removes_what_breaks(tmp_p
 
 def test_the_variables_of_a_build_reach_pip_and_a_failure_is_named(tmp_path: Path) -> None:
     def run(command: list[str], environment: dict[str, str]) -> int:
-        assert environment["CMAKE_ARGS"] == "-DGGML_NATIVE=ON"
+        assert "-DGGML_NATIVE=ON" in environment["CMAKE_ARGS"]
         return 0 if "venv" in command else 3
 
     with pytest.raises(

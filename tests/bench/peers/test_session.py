@@ -41,7 +41,7 @@ def test_what_goes_wrong_is_named(behaviour: str, says: str, tmp_path: Path) -> 
 
 
 def test_a_driver_that_talks_nonsense_is_ended(tmp_path: Path) -> None:
-    with pytest.raises(PeerFailed, match="Segmentation fault, or so.*not the drivers' protocol"):
+    with pytest.raises(PeerFailed, match=r"Segmentation fault, or so.*not the drivers' protocol"):
         start(fake_peer(tmp_path, "garbage"), checkpoint(tmp_path / "model"), "fp32")
 
 

@@ -11,11 +11,11 @@ from tests.engine.policies.test_policies import Fake, limits, sequences, view
 
 from headrace.core.batch import StepShape
 from headrace.core.clock import VirtualClock
+from headrace.core.order import in_prefill
 from headrace.core.policy import Limits, Policy, StepPlan, View
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.policies import get_policy
 from headrace.engine.policies.mlfq import OVERDUE, Mlfq
-from headrace.engine.policies.order import in_prefill
 from headrace.engine.policies.priority import Priority
 from headrace.engine.policies.vtc import Vtc
 from headrace.engine.simulated import SimulatedEngine

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core.errors import InvalidRequest
+from headrace.core.order import in_prefill, urgency
 from headrace.core.policy import Limits, View
 from headrace.core.request import SLO
 from headrace.engine.policies import POLICIES, get_policy
-from headrace.engine.policies.order import in_prefill, urgency
 
 
 @dataclass

@@ -22,13 +22,13 @@ from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import TorchSampler
+from headrace.models.cache.slots import SlotPool
 from headrace.models.load import load
 from headrace.models.parallel.group import Group, join, leave
 from headrace.models.parallel.ranks import Setup
 from headrace.models.parallel.room import shared_slots
 from headrace.models.parallel.runner import ParallelRunner
 from headrace.models.runner import ModelRunner
-from headrace.models.slots import SlotPool
 
 FAMILIES = [
     "llama",

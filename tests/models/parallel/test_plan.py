@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 
 from headrace.core.errors import InvalidRequest, UnsupportedModel
-from headrace.models.checkpoint import parameter_shapes
+from headrace.models.checkpoints.checks import parameter_shapes
 from headrace.models.families import kv_shape
 from headrace.models.parallel import plan
 from headrace.models.parallel.group import device_of

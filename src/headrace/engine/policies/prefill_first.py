@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from headrace.core.order import admit_in_order, in_prefill, urgency, victims
 from headrace.core.policy import Steadiness, StepPlan, View
-from headrace.engine.policies.order import admit_in_order, in_prefill, urgency, victims
 
 
 class PrefillFirst:

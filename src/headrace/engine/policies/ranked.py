@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from headrace.core.order import in_prefill
 from headrace.core.policy import SequenceView, StepPlan, View
-from headrace.engine.policies.order import in_prefill
 
 Rank = Callable[[SequenceView], Any]
 

@@ -233,17 +233,20 @@ def cut_of(step: NumbaStep, group: int, window: int | None, *, plain: bool) -> _
 
 @functools.cache
 def compiled(name: str) -> Any:
-    """A compiled function: "plan" and "join_keys" of ``tiles``, or the worker for "float32", "bfloat16" or "int8" planes.
+    """A compiled function: "plan" and "join_keys" of ``tiles``, "prepare", or the worker for "float32", "bfloat16" or "int8" planes.
 
     The code is kept beside the source, else in the user's cache folder, by numba; where neither can be written it is compiled anew.
     """
     import numba
 
+    from headrace.models.attention.prepare import compile_prepare
     from headrace.models.attention.worker import compile_worker
 
     def build(cache: bool) -> Any:
         if name in STORAGE.values():
             return compile_worker(name, cache=cache)
+        if name == "prepare":
+            return compile_prepare(cache=cache)
         return numba.njit(getattr(tiles, name), cache=cache)
 
     try:

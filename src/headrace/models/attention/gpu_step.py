@@ -7,20 +7,14 @@ from typing import Any
 
 import torch
 
-from headrace.models.attention.interface import AttentionStep
-
-LEAST = 16  # smallest side of a matrix product in Triton
+from headrace.core.batch import Ints
+from headrace.models.attention.gpu_cut import cut, padded
+from headrace.models.attention.interface import AttentionStep, check_window
 
 
 @dataclass(slots=True)
 class Launch:
-    """Tiles of one size.
-
-    ``tasks`` int32[n, 11] are parts as the kernel reads them: first row, rows, start of the segment's context, first and
-    last key, first and last own row, start of the segment, start of its mask (-1: a chain), words of a mask row, and room
-    for the part's sums (-1: none needed). ``merges`` int32[m, 4] are the tiles that have several parts: first row, rows,
-    first room, parts.
-    """
+    """:class:`headrace.models.attention.gpu_cut.Tables` on the device."""
 
     tasks: torch.Tensor
     merges: torch.Tensor
@@ -38,16 +32,21 @@ class TritonStep(AttentionStep):
     words: torch.Tensor
     launches: dict[tuple[int, int | None], dict[int, Launch]] = field(default_factory=dict)
 
+    def launches_of(self, group: int, window: int | None) -> dict[int, Launch]:
+        """What to launch for layers of ``group`` query heads per K/V head and ``window``, by packed queries of a tile."""
+        key = (group, window)
+        if key not in self.launches:
+            check_window(window)
+            self.launches[key] = {
+                block: Launch(self._put(tables.tasks), self._put(tables.merges), tables.parts)
+                for block, tables in cut(self.batch, group, window).items()
+            }
+        return self.launches[key]
+
+    def _put(self, table: Ints) -> torch.Tensor:
+        return torch.from_numpy(table).to(self.device)
+
 
 def kernel_dims(q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
     """Compile-time sizes that follow from the tensors."""
     return {"DIM": q.shape[2], "WIDE": v.shape[2], "BLOCK_D": padded(q.shape[2]), "BLOCK_W": padded(v.shape[2])}
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def padded(n: int) -> int:
-    """The side of a block that holds ``n`` numbers."""
-    return max(LEAST, _power_of_two(n))

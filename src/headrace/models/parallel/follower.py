@@ -46,11 +46,11 @@ def enter(setup: Setup) -> None:
 
 def serve(pipe: Connection, setup: Setup) -> None:
     """Load, make room, say so, and run batches until the pipe ends, which raises EOFError or OSError."""
-    from headrace.models.linear import choose_linears
+    from headrace.models.cache.slots import SlotPool
+    from headrace.models.fused.linear import choose_linears
     from headrace.models.load import load
     from headrace.models.parallel.room import shared_slots
     from headrace.models.runner import ModelRunner
-    from headrace.models.slots import SlotPool
 
     group = Group(setup.rank, setup.size)
     device = device_of(setup.rank, setup.device, setup.size)

@@ -9,11 +9,13 @@
 //
 // Rows are tiled so that a tile's accumulators fill the registers, and a panel's K block stays in cache while all row tiles
 // of a row block pass over it. Threads split the panels.
-#include "storages.h"
-
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
+
+#include "storages.h"
+#include "tiling.h"
 
 namespace headrace {
 
@@ -22,12 +24,10 @@ namespace {
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;  // accumulators, a step of weights and a broadcast fill the registers
 constexpr isize K_BLOCK = 256;                   // a panel's block and a tile's rows fit a 48 KiB L1
 constexpr isize ROW_BLOCK = 128;                 // rows of x that stay in L2 while all panels pass over them
+constexpr isize COPIED_ROWS = 64;                // rows of x copied apart at a time
+constexpr isize COLLIDING = 512;                 // strides, in floats, at which the rows of a tile compete for a few sets of L1
 constexpr isize NEAR_BYTES = 1024;               // how far ahead weights are called into L1,
 constexpr isize FAR_BYTES = 16384;               // and into L2
-
-// Independent chains of multiply-adds that hide their latency: tiles of few rows take several panels at once.
-constexpr int CHAINS = 8;
-constexpr int panels_at_once(int rows) { return std::max(1, CHAINS / (rows * TILE_VECS)); }
 
 // Adds `depth` steps of k to ROWS x (GROUPS * PANEL) outputs: y = base + x @ w. Group g reads weights at w + g * group_stride.
 template <int ROWS, int GROUPS, typename W>
@@ -76,12 +76,6 @@ TileFunction<W> tile_for(int rows, bool wide) {
   return wide ? pick<W, true>(rows, Rows{}) : pick<W, false>(rows, Rows{});
 }
 
-// Rows of the next tile when `left` remain: even shares, so that no tile is left with a single row to itself.
-int next_rows(isize left) {
-  const isize tiles = (left + TILE_ROWS - 1) / TILE_ROWS;
-  return static_cast<int>((left + tiles - 1) / tiles);
-}
-
 template <typename W>
 struct Product {
   const W* panels;
@@ -99,7 +93,7 @@ struct Product {
     for (isize k = 0; k < depth; k += K_BLOCK) {
       const isize steps = std::min(K_BLOCK, depth - k);
       for (isize m = first; m < last;) {
-        const int tile_rows = next_rows(last - m);
+        const int tile_rows = next_rows(last - m, TILE_ROWS);
         float* to = out + m * ldy;
         tile_for<W>(tile_rows, groups > 1)(w + k * PANEL, depth * PANEL, x + m * ldx + k, ldx, steps,
                                            k == 0 ? bias + panel * PANEL : to, k == 0 ? 0 : ldy, to, ldy);
@@ -114,7 +108,7 @@ struct Product {
     const isize real = columns - panel * PANEL;
     alignas(64) float aside[TILE_ROWS * PANEL];
     for (isize m = first; m < last;) {
-      const int tile_rows = next_rows(last - m);
+      const int tile_rows = next_rows(last - m, TILE_ROWS);
       for (isize k = 0; k < depth; k += K_BLOCK)
         tile_for<W>(tile_rows, false)(w + k * PANEL, 0, x + m * ldx + k, ldx, std::min(K_BLOCK, depth - k),
                                       k == 0 ? bias + panel * PANEL : aside, k == 0 ? 0 : PANEL, aside, PANEL);
@@ -124,10 +118,22 @@ struct Product {
     }
   }
 
+  // Rows of x whose starts collide in the cache are copied apart, as many at a time as stay in L2.
+  void run_apart(isize from, isize to) const {
+    const isize stride = depth + 16, height = std::min(rows, COPIED_ROWS);
+    const std::unique_ptr<float[]> copy(new float[height * stride]);
+    for (isize first = 0; first < rows; first += height) {
+      const isize some = std::min(height, rows - first);
+      for (isize m = 0; m < some; ++m) std::copy_n(x + (first + m) * ldx, depth, copy.get() + m * stride);
+      Product{panels, bias, columns, depth, copy.get(), stride, y + first * ldy, ldy, some}.run(from, to);
+    }
+  }
+
   void run(isize from, isize to) const {
+    if (rows > TILE_ROWS && ldx % COLLIDING == 0) return run_apart(from, to);
     for (isize first = 0; first < rows; first += ROW_BLOCK) {
       const isize last = std::min(rows, first + ROW_BLOCK);
-      const int most = panels_at_once(next_rows(last - first));
+      const int most = panels_at_once(next_rows(last - first, TILE_ROWS));
       for (isize panel = from; panel < to;) {
         const isize whole_left = std::min(to, columns / PANEL) - panel;
         if (whole_left <= 0) {

@@ -1,8 +1,6 @@
 // An int8 product as its kernels see it; int8_product.cpp says what it computes and how panels are laid out.
 #pragma once
 
-#include <algorithm>
-
 #include "bytes.h"
 #include "product.h"
 
@@ -27,14 +25,7 @@ struct Int8Product {
   void finish(isize m, isize column, ivec sums) const {
     const vec factor = multiply(load(scales + column), broadcast(row_scales[m]));
     const vec out = fma(to_float(int_subtract(sums, int_load(compensation + column))), factor, load(bias + column));
-    float* to = y + m * ldy + column;
-    if (column + LANES <= columns) {
-      store(to, out);
-    } else if (column < columns) {
-      alignas(64) float aside[LANES];
-      store(aside, out);
-      std::copy_n(aside, columns - column, to);
-    }
+    store_some(y + m * ldy + column, out, columns - column);
   }
 };
 

@@ -9,84 +9,55 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <utility>
 
 #include "int8.h"
 #include "storages.h"
+#include "tiling.h"
 
 namespace headrace {
 
 namespace {
 
 constexpr isize STEP = Int8Product::STEP;
-constexpr int TILE_ROWS = LANES == 16 ? 12 : 4;  // accumulators, a step of weights and a broadcast fill the registers
-constexpr isize NEAR_BYTES = 2048;               // how far ahead weights are called into L1,
-constexpr isize FAR_BYTES = 16384;               // and into L2
-constexpr int CHAINS = 8;                        // independent sums that hide an instruction's latency
-constexpr int panels_at_once(int rows) { return std::max(1, CHAINS / (rows * TILE_VECS)); }
+struct Dots {
+  static constexpr int TILE_ROWS = LANES == 16 ? 12 : 4;  // accumulators, a step of weights and a broadcast fill the registers
+  static constexpr isize ROW_BLOCK = Int8Product::ROW_BLOCK;
+  static constexpr isize NEAR_BYTES = 2048;               // how far ahead weights are called into L1,
+  static constexpr isize FAR_BYTES = 16384;               // and into L2
 
-// ROWS rows from m on by GROUPS panels from `panel` on.
-template <int ROWS, int GROUPS>
-void tile(const Int8Product& product, isize panel, isize m) {
-  constexpr int VECS = GROUPS * TILE_VECS;
-  const isize depth = product.depth, panel_bytes = depth / 4 * STEP;
-  const std::int8_t* w = product.panel_at(panel);
-  const std::uint8_t* a = product.bytes + m * depth;
-  ivec acc[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) acc[r][v] = int_zero();
-  for (isize k = 0; k < depth; k += 4) {
-    ivec weights[VECS];
-    for (int g = 0; g < GROUPS; ++g) {
-      const std::int8_t* step = w + g * panel_bytes + k / 4 * STEP;
-      for (int v = 0; v < TILE_VECS; ++v) weights[g * TILE_VECS + v] = int_load(step + v * LANES * 4);
-      for (isize line = 0; line < STEP; line += 64) {
-        prefetch<3>(step + NEAR_BYTES + line);
-        prefetch<2>(step + FAR_BYTES + line);
+  const Int8Product& product;
+
+  // ROWS rows from m on by GROUPS panels from `panel` on.
+  template <int ROWS, int GROUPS>
+  void tile(isize panel, isize m) const {
+    constexpr int VECS = GROUPS * TILE_VECS;
+    const isize depth = product.depth, panel_bytes = depth / 4 * STEP;
+    const std::int8_t* w = product.panel_at(panel);
+    const std::uint8_t* a = product.bytes + m * depth;
+    ivec sums[ROWS][VECS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) sums[r][v] = int_zero();
+    for (isize k = 0; k < depth; k += 4) {
+      ivec weights[VECS];
+      for (int g = 0; g < GROUPS; ++g) {
+        const std::int8_t* step = w + g * panel_bytes + k / 4 * STEP;
+        for (int v = 0; v < TILE_VECS; ++v) weights[g * TILE_VECS + v] = int_load(step + v * LANES * 4);
+        for (isize line = 0; line < STEP; line += 64) {
+          prefetch<3>(step + NEAR_BYTES + line);
+          prefetch<2>(step + FAR_BYTES + line);
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        const ivec four = broadcast_four(a + r * depth + k);
+        for (int v = 0; v < VECS; ++v) sums[r][v] = dot4(sums[r][v], four, weights[v]);
       }
     }
-    for (int r = 0; r < ROWS; ++r) {
-      const ivec four = broadcast_four(a + r * depth + k);
-      for (int v = 0; v < VECS; ++v) acc[r][v] = dot4(acc[r][v], four, weights[v]);
-    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) product.finish(m + r, panel * PANEL + v * LANES, sums[r][v]);
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) product.finish(m + r, panel * PANEL + v * LANES, acc[r][v]);
-}
+};
 
-using TileFunction = void (*)(const Int8Product&, isize, isize);
-
-template <bool WIDE, int... R>
-constexpr TileFunction pick(int rows, std::integer_sequence<int, R...>) {
-  constexpr TileFunction tiles[] = {tile<R + 1, WIDE ? panels_at_once(R + 1) : 1>...};
-  return tiles[rows - 1];
-}
-TileFunction tile_for(int rows, bool wide) {
-  using Rows = std::make_integer_sequence<int, TILE_ROWS>;
-  return wide ? pick<true>(rows, Rows{}) : pick<false>(rows, Rows{});
-}
-
-// Rows of the next tile when `left` remain: even shares, so that no tile is left with a single row to itself.
-int next_rows(isize left) {
-  const isize tiles = (left + TILE_ROWS - 1) / TILE_ROWS;
-  return static_cast<int>((left + tiles - 1) / tiles);
-}
-
-void by_dots(const Int8Product& product, isize rows, isize from, isize to) {
-  for (isize first = 0; first < rows; first += Int8Product::ROW_BLOCK) {
-    const isize last = std::min(rows, first + Int8Product::ROW_BLOCK);
-    const int most = panels_at_once(next_rows(last - first));
-    for (isize panel = from; panel < to;) {
-      const int groups = to - panel >= most ? most : 1;
-      for (isize m = first; m < last;) {
-        const int tile_rows = next_rows(last - m);
-        tile_for(tile_rows, groups > 1)(product, panel, m);
-        m += tile_rows;
-      }
-      panel += groups;
-    }
-  }
-}
+void by_dots(const Int8Product& product, isize rows, isize from, isize to) { Tiling<Dots>::run(Dots{product}, rows, from, to); }
 
 Int8Product product_of(const Matrix& matrix, const std::uint8_t* bytes, const float* row_scales, float* y, isize stride) {
   return {static_cast<const std::int8_t*>(matrix.panels), matrix.bias, matrix.scales, matrix.compensation,

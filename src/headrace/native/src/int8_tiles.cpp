@@ -1,4 +1,6 @@
 // int8 products by Intel's matrix tiles (AMX): 16 rows by 64 bytes of activations times 64 bytes by 16 columns of weights.
+#include <algorithm>
+
 #include "amx.h"
 #include "int8.h"
 

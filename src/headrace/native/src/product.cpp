@@ -12,13 +12,27 @@ extern "C" int omp_get_thread_num(void);
 
 namespace headrace {
 
+namespace {
+
+struct Functions {
+  decltype(&float_share) share;
+  decltype(&float_pack) pack;
+  decltype(&float_unpack) unpack;
+};
+
+Functions functions_of(const Matrix& matrix) {
+  switch (matrix.storage) {
+    case INT8: return {int8_share, int8_pack, int8_unpack};
+    case NF4: return {nf4_share, nf4_pack, nf4_unpack};
+    default: return {float_share, float_pack, float_unpack};
+  }
+}
+
+}  // namespace
+
 void product_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize rank, isize size) {
   const isize count = panel_count(matrix.columns);
-  const isize from = count * rank / size, to = count * (rank + 1) / size;
-  if (matrix.storage == INT8)
-    int8_share(matrix, operand, rows, y, stride, from, to);
-  else
-    float_share(matrix, operand, rows, y, stride, from, to);
+  functions_of(matrix).share(matrix, operand, rows, y, stride, count * rank / size, count * (rank + 1) / size);
 }
 
 namespace {
@@ -40,6 +54,17 @@ extern "C" {
 
 const char* headrace_isa(void) { return ISA; }
 
+// Bytes of a matrix's panels.
+std::int64_t headrace_panel_bytes(std::int64_t columns, std::int64_t depth, std::int64_t storage) {
+  const isize padded = panel_count(columns) * PANEL;
+  switch (storage) {
+    case INT8: return padded * byte_stride(depth);
+    case NF4: return nf4_bytes(columns, depth);
+    case BFLOAT16: return padded * depth * 2;
+    default: return padded * depth * 4;
+  }
+}
+
 // Columns per panel: `columns` are padded to a multiple of it.
 std::int64_t headrace_panel(void) { return PANEL; }
 
@@ -57,11 +82,11 @@ int headrace_is_bfloat16(const float* values, std::int64_t count, int threads) {
 
 // weight: float[columns, depth], contiguous.
 void headrace_pack(const Matrix* matrix, const float* weight, int threads) {
-  (matrix->storage == INT8 ? int8_pack : float_pack)(*matrix, weight, threads);
+  functions_of(*matrix).pack(*matrix, weight, threads);
 }
 
 void headrace_unpack(const Matrix* matrix, float* weight, int threads) {
-  (matrix->storage == INT8 ? int8_unpack : float_unpack)(*matrix, weight, threads);
+  functions_of(*matrix).unpack(*matrix, weight, threads);
 }
 
 std::int64_t headrace_byte_stride(std::int64_t depth) { return byte_stride(depth); }

@@ -24,6 +24,7 @@ enum Storage : std::int64_t {
   FLOAT32 = 0,
   BFLOAT16 = 1,  // values that are exactly bf16, widened in registers
   INT8 = 2,      // one scale per column, products in integers
+  NF4 = 3,       // 4-bit levels with a scale per 64 weights, products in fp32
 };
 
 // A packed matrix as its owner describes it: the struct of the same name in skinny.py.

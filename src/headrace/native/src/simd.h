@@ -4,6 +4,7 @@
 // vector extensions that GCC and Clang share, with 128-bit vectors.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -37,6 +38,15 @@ inline void load_pair(const std::uint16_t* p, vec& low, vec& high) {
   high = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// A table of 16 floats, looked up by four bits of every 32-bit word: bits [shift, shift + 4).
+struct Levels {
+  using Words = __m512i;
+  explicit Levels(const float* levels) : table(load(levels)) {}
+  static Words words(const void* p) { return _mm512_loadu_si512(p); }
+  vec pick(Words words, unsigned shift) const { return _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), table); }
+  vec table;
+};
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 using vec = __m256;
@@ -57,6 +67,18 @@ inline void load_pair(const std::uint16_t* p, vec& low, vec& high) {
   low = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
   high = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+
+struct Levels {
+  using Words = __m256i;
+  explicit Levels(const float* levels) : low(load(levels)), high(load(levels + LANES)) {}
+  static Words words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  vec pick(Words words, int shift) const {
+    const Words index = _mm256_srli_epi32(words, shift);
+    const vec upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper_half);
+  }
+  vec low, high;
+};
 
 #else
 
@@ -89,12 +111,35 @@ inline void load_pair(const std::uint16_t* p, vec& low, vec& high) {
   high = reinterpret_cast<vec>(words & 0xffff0000u);
 }
 
+struct Levels {
+  using Words = words4;
+  explicit Levels(const float* levels) : table(levels) {}
+  static Words words(const void* p) {
+    words4 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  vec pick(Words words, unsigned shift) const {
+    const words4 index = (words >> shift) & 15u;
+    return vec{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+  }
+  const float* table;
+};
+
 #endif
 
 // 2 * LANES floats.
 inline void load_pair(const float* p, vec& low, vec& high) {
   low = load(p);
   high = load(p + LANES);
+}
+
+// The first `count` floats of v, all of them where it has no more.
+inline void store_some(float* p, vec v, std::ptrdiff_t count) {
+  if (count >= LANES) return store(p, v);
+  float lanes[LANES];
+  store(lanes, v);
+  for (std::ptrdiff_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
 // LOCALITY 3 brings a line into L1, 2 into L2.

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "barrier.h"
 #include "product.h"
 #include "rows.h"
 
@@ -86,10 +87,6 @@ struct Step {
 
 namespace {
 
-void barrier() {
-#pragma omp barrier
-}
-
 // Codes from -127 to 127 of `size` floats, rounded half to even from x * (127 / largest); returns largest / 127.
 float encode(const float* x, isize size, std::int8_t* codes) {
   float largest = 0.0f;
@@ -110,7 +107,10 @@ void write_slot(void* plane, float* scales, isize at, const float* x, isize size
 // What one thread of the team does.
 struct Member {
   const Step& step;
+  Barrier& meeting;
   const isize rank, size;
+
+  void barrier() const { meeting.wait(size); }
 
   template <typename Each>
   void share(isize count, Each&& each) const {
@@ -262,9 +262,10 @@ void headrace_step_sizes(std::int64_t* sizes) {
 }
 
 void headrace_step(const Step* step, int threads) {
+  Barrier meeting;
 // The team always has `threads` members: libgomp ends and restarts its threads when the size of a team changes.
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  Member{*step, omp_get_thread_num(), omp_get_num_threads()}.run();
+  Member{*step, meeting, omp_get_thread_num(), omp_get_num_threads()}.run();
 }
 
 }  // extern "C"

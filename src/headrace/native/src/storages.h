@@ -16,4 +16,9 @@ void int8_share(const Matrix& matrix, const Operand& operand, isize rows, float*
 void int8_pack(const Matrix& matrix, const float* weight, int threads);
 void int8_unpack(const Matrix& matrix, float* weight, int threads);
 
+void nf4_share(const Matrix& matrix, const Operand& operand, isize rows, float* y, isize stride, isize from, isize to);
+void nf4_pack(const Matrix& matrix, const float* weight, int threads);
+void nf4_unpack(const Matrix& matrix, float* weight, int threads);
+isize nf4_bytes(isize columns, isize depth);  // of the panels
+
 }  // namespace headrace

@@ -11,6 +11,14 @@ import loop
 KINDS = {"fp32": "f32", "fp16": "f16", "int8": "q8_0", "int4": "q4_0"}
 
 
+def _has_tiles() -> bool:
+    """Whether this is an x86 with AMX, where the tile kernels of version 0.3.36 were seen to end in an illegal instruction."""
+    try:
+        return " amx_int8 " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 class LlamaCpp(loop.Engine):
     """One context for batches of each size, made on first use."""
 
@@ -23,6 +31,7 @@ class LlamaCpp(loop.Engine):
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = not _has_tiles()
         self._model = llama_cpp.llama_model_load_from_file(str(Path(model) / "model.gguf").encode(), params)
         if not self._model:
             raise RuntimeError("llama.cpp cannot load the converted model")
@@ -30,7 +39,8 @@ class LlamaCpp(loop.Engine):
         self._width = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self._threads, self._length = threads, context
         self._contexts: dict[int, Any] = {}
-        return {"ran": f"{KINDS[precision]} weights, float32 sums"}
+        packed = "packed" if params.use_extra_bufts else "not packed"
+        return {"ran": f"{KINDS[precision]} weights, {packed}"}
 
     def _context(self, sequences: int) -> Any:
         import llama_cpp

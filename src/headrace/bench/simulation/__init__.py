@@ -1,0 +1,1 @@
+"""Simulated runs of the real engine, and how far they are from real ones."""

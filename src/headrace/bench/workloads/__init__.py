@@ -1,0 +1,1 @@
+"""What requests come and when: made up, or recorded."""

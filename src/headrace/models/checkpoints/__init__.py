@@ -1,0 +1,1 @@
+"""Checkpoint folders: found, checked, supported or refused."""
