@@ -52,7 +52,9 @@ def test_a_full_budget_gives_dense_logits(kv_heads: int, initial: int, local: fl
 
 @pytest.mark.parametrize("codes", ["2x3", "4x4"], ids=["cells", "scan"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_retrieval_of_everything_gives_dense_logits(residual: bool, codes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retrieval_of_everything_gives_dense_logits(
+    residual: bool, codes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unlike a full budget, this goes through the index, with a local window that hands tokens over."""
     model, ids = _model(), _ids(2)
     _, expected = _logits(model, ids, DynamicCache(config=model.config))
@@ -72,6 +74,7 @@ def _everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in (PQIndex, CellIndex, ScanIndex):
         monkeypatch.setattr(kind, "select", all_of(kind))
+    monkeypatch.setattr(PQLayer, "_wanted", lambda self, window: self.length)
 
 
 def test_left_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

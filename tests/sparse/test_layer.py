@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.native.build import available
 from headrace.sparse.attend import attend_rows
 from headrace.sparse.codebook import Codes
 from headrace.sparse.layer import PQLayer, PQSettings
+from headrace.sparse.native import NativeIndex
 from headrace.sparse.regions import Regions
 
 SETTINGS = PQSettings(Regions(0.2, initial=4), Codes(2, 3))
@@ -52,24 +57,37 @@ def test_every_token_is_handed_over_once_and_coded_as_itself() -> None:
         assert torch.equal(index.table, index.codebook.assign(middle))
 
 
-@pytest.mark.parametrize("fault", ["stale rows", "newest instead of evicted"])
-def test_a_wrong_hand_over_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: the two ways a known implementation gets this wrong fail the comparison above."""
-    layer, keys, values = _prompted(200)
+FAULTS: dict[str, Callable[[torch.Tensor, int, int, int], torch.Tensor]] = {
+    "stale rows": lambda keys, first, last, length: torch.zeros_like(keys[:, :, first:last]),
+    "newest instead of evicted": lambda keys, first, last, length: keys[:, :, length - 1 : length].expand(
+        -1, -1, last - first, -1
+    ),
+    "one slot further": lambda keys, first, last, length: keys[:, :, first + 1 : last + 1],
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_wrong_hand_over_is_noticed(fault: str | None, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the ways a known implementation gets this wrong fail the comparison above, and nothing else does."""
+    layer, keys, values = _prompted(200, replace(SETTINGS, compiled=compiled))
     _step(layer, keys, values)
-    index = layer.index
+    index, catch_up = layer.index, layer._catch_up
     assert index is not None
-    right = index.append
-    wrong = {
-        "stale rows": lambda rows: right(torch.zeros_like(rows)),
-        "newest instead of evicted": lambda rows: right(keys[:, :, layer.length - 1 : layer.length].flatten(0, 1)),
-    }
-    monkeypatch.setattr(index, "append", wrong[fault])
+    assert not compiled or isinstance(index, NativeIndex) or not available()
+
+    def wrong(own: torch.Tensor, first: int, last: int, skip: torch.Tensor | None) -> None:
+        if fault is not None:
+            index.append(FAULTS[fault](keys, first + index.length, last, layer.length).flatten(0, 1))
+        catch_up(own, first, last, skip)
+
+    monkeypatch.setattr(layer, "_catch_up", wrong)
     for _ in range(20):
         _step(layer, keys, values)
     assert index.codebook is not None
     first, last = layer.window.middle(layer.length)
-    assert not torch.equal(index.table, index.codebook.assign(keys[:, :, first:last].flatten(0, 1)))
+    right = torch.equal(index.table, index.codebook.assign(keys[:, :, first:last].flatten(0, 1)))
+    assert right is (fault is None)
 
 
 def test_two_requests_share_nothing() -> None:

@@ -14,8 +14,10 @@ from headrace.sparse.attend import add_rest, attend_rows
 from headrace.sparse.codebook import Codes
 from headrace.sparse.gather import Gathered
 from headrace.sparse.index import PQIndex
+from headrace.sparse.native import NativeIndex
 from headrace.sparse.regions import Regions, Window
 from headrace.sparse.search import compiled_kind
+from headrace.sparse.sketch import Question, Rows, Searcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class PQSettings:
         refresh: fit anew once the middle has grown by this share since the last fit, because the keys of a long answer drift away from
             centroids fitted on its prompt; None never does, as in the paper.
         residual: mend the output with the estimated weight of what was not read.
+        enough: stop retrieving for a head once this share of the middle's estimated attention is covered, and retrieve up to ``stretch``
+            times the budget for one where it is not; None retrieves the same number always, as in the paper. Only the native
+            kernels do; elsewhere heads retrieve the same number.
+        stretch: see ``enough``.
         crossover: contexts shorter than this are attended to whole.
         seed: of the draw that a fit starts from.
         compiled: search and attend by compiled kernels where there are some; else by the torch reference.
@@ -42,8 +48,14 @@ class PQSettings:
     crossover: int = 0
     seed: int = 0
     compiled: bool = True
+    enough: float | None = None
+    stretch: float = 2.0
 
     def __post_init__(self) -> None:
+        if self.enough is not None and not 0.0 < self.enough < 1.0:
+            raise InvalidRequest(f"enough is {self.enough}: give a share between 0 and 1, or None", field="enough")
+        if self.stretch < 1.0:
+            raise InvalidRequest(f"stretch is {self.stretch}: give a factor of at least 1", field="stretch")
         if self.refresh is not None and self.refresh <= 0:
             raise InvalidRequest(f"refresh is {self.refresh}: give a share above 0, or None for never", field="refresh")
         if self.iterations < 0 or self.crossover < 0:
@@ -78,6 +90,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self._sum: Tensor | None = None  # of the first `_summed` values of the middle, float32[R, D]
         self._summed = 0
         self._gathered = Gathered() if self.settings.compiled else None
+        self._searcher = Searcher() if self.settings.compiled else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -173,8 +186,55 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             output, _ = attend_rows(queries, keys, values, index, valid, scale)
         else:
             self._catch_up(keys, first, last, skip)
-            output = self._retrieve(queries, keys, values, window, skip, scale)
+            if isinstance(self.index, NativeIndex) and self._searcher is not None:
+                output = self._ask(self._searcher, self.index, queries, window, skip, scale)
+            else:
+                output = self._retrieve(queries, keys, values, window, skip, scale)
         return output.to(query.dtype).view(batch, query_heads, 1, size)
+
+    def _wanted(self, window: Window) -> int:
+        """Tokens to retrieve."""
+        return window.retrieved
+
+    def _ask(
+        self, searcher: Searcher, index: NativeIndex, queries: Tensor, window: Window, skip: Tensor | None, scale: float
+    ) -> Tensor:
+        """Code what has left the window, search and attend in one native call."""
+        batch, heads, _, size = self.keys.shape
+        first, last = window.middle(self.length)
+        wanted, enough = self._wanted(window), self.settings.enough
+        most = wanted if enough is None else int(wanted * self.settings.stretch)
+        if self.settings.residual:
+            self._sum_values(first, first + index.length, skip)
+        asked = queries.float().reshape(batch, 1, -1, size).contiguous()
+        out = torch.empty_like(asked)
+        sums = None if self._sum is None else self._sum.view(batch, heads, size)
+        questions = [
+            Question(
+                sketch,
+                Rows(self.keys[row], self.values[row], self.keys.stride(2), self.keys.stride(1), heads, size),
+                asked[row],
+                self.length,
+                first,
+                last,
+                wanted // 4,
+                min(most, last - first),
+                scale,
+                enough or 0.0,
+                None if sums is None else sums[row],
+            )
+            for row, sketch in enumerate(index.sketches)
+        ]
+        searcher.attend(questions, list(out))
+        index.resynchronise()
+        self._summed = last - first
+        return out.view(queries.shape)
+
+    def _sum_values(self, first: int, last: int, skip: Tensor | None) -> None:
+        """Make the running sum that of the values [first, last); the kernel adds those that it codes."""
+        if self._sum is None or self._summed != last - first:
+            self._sum, self._summed = None, 0
+            self._mean_value(self.values[:, :, first:last].flatten(0, 1), skip)
 
     def _catch_up(self, keys: Tensor, first: int, last: int, skip: Tensor | None) -> None:
         """Code the tokens that have left the local window since the last step, once each; fit anew when it is time."""
@@ -185,15 +245,23 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.index is None:
             self.prompt = self.length - 1
         if self.index is None or stale:
-            kind = compiled_kind(settings.codes, self.device) if settings.compiled else PQIndex
-            self.index = kind(settings.codes, iterations=settings.iterations, seed=settings.seed)
+            self.index = self._new_index()
             # A row that is padding almost throughout still needs a key to fit on; selection leaves it out all the same.
-            self.index.build(keys[:, first:last], None if skip is None else skip.clamp(max=count - 1))
+            native = isinstance(self.index, NativeIndex)
+            self.index.build(keys[:, first:last], skip if skip is None or native else skip.clamp(max=count - 1))
             self._fitted = count
-        elif count > self.index.length:
+        elif count > self.index.length and not isinstance(self.index, NativeIndex):
             self.index.append(keys[:, first + self.index.length : last])
 
-    def _retrieve(self, queries: Tensor, keys: Tensor, values: Tensor, window: Window, skip: Tensor | None, scale: float) -> Tensor:
+    def _new_index(self) -> PQIndex:
+        settings = self.settings
+        kind = compiled_kind(settings.codes, self.device) if settings.compiled else PQIndex
+        more = {"heads": self.keys.shape[1]} if issubclass(kind, NativeIndex) else {}
+        return kind(settings.codes, iterations=settings.iterations, seed=settings.seed, **more)
+
+    def _retrieve(
+        self, queries: Tensor, keys: Tensor, values: Tensor, window: Window, skip: Tensor | None, scale: float
+    ) -> Tensor:
         assert self.index is not None
         first, last = window.middle(self.length)
         found = self.index.select(queries, window.retrieved, scale)

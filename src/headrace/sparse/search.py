@@ -23,7 +23,13 @@ Ints = NDArray[np.int32]
 
 
 def compiled_kind(codes: Codes, device: torch.device) -> type[PQIndex]:
-    """The fastest index for ``device``: compiled where numba is installed, the reference elsewhere."""
+    """The fastest index for ``device``: native where there is a compiler, by numba where that is installed, the reference elsewhere."""
+    from headrace.sparse import sketch
+
+    if sketch.usable(codes, torch.float32, device):
+        from headrace.sparse.native import NativeIndex
+
+        return NativeIndex
     if device.type != "cpu" or importlib.util.find_spec("numba") is None:
         return PQIndex
     return CellIndex if codes.bits * codes.subspaces <= CELL_BITS else ScanIndex
@@ -111,7 +117,18 @@ class CellIndex(_Compiled):
         counts = np.diff(starts)
         np.add.at(counts, tail[max(0, self._first(row) - self._sorted) :], 1)
         found = kernels.search_cells(
-            table, starts, self._order[row], tail, self._sorted, counts, len(chosen), scores, weights, bins, chosen, sums
+            table,
+            starts,
+            self._order[row],
+            tail,
+            self._sorted,
+            counts,
+            len(chosen),
+            scores,
+            weights,
+            bins,
+            chosen,
+            sums,
         )
         chosen[found:] = np.arange(len(chosen) - found)  # padding, where there is nothing else left
 

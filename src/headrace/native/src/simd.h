@@ -134,6 +134,18 @@ inline void load_pair(const float* p, vec& low, vec& high) {
   high = load(p + LANES);
 }
 
+// The lanes' sum, in one fixed order.
+inline float total(vec v) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lanes[LANES], sum = 0.0f;
+  store(lanes, v);
+  for (float lane : lanes) sum += lane;
+  return sum;
+#endif
+}
+
 // The first `count` floats of v, all of them where it has no more.
 inline void store_some(float* p, vec v, std::ptrdiff_t count) {
   if (count >= LANES) return store(p, v);
