@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headrace.models.loaded import LoadedModel
     from headrace.models.parallel.ranks import Lost, Ranks
     from headrace.models.quality import Reading
+    from headrace.sparse.serving import SlotRetriever
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,15 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
     from headrace.models.runner import ModelRunner
 
     before = None if ranks else _before_quantising(model, config)
+    retriever = None
+    if ranks and config.kv != "full":
+        raise InvalidRequest("kv is read whole by several ranks: leave --kv out, or --tp", field="kv")
     choose_linears(model, config.linears, config.quantize)
     context = longest_context(config, model.card)
     if ranks is None:
         pool = SlotPool(kv_slots(model, config.kv_gib, context, config.kv_cache_dtype))
-        runner: Runner = ModelRunner(model, pool, **_runner_options(config))
+        retriever = _retriever(model, pool, config)
+        runner: Runner = ModelRunner(model, pool, **_runner_options(config), retriever=retriever)
     else:
         from headrace.models.parallel.room import shared_slots
         from headrace.models.parallel.runner import ParallelRunner
@@ -109,6 +114,7 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
         limits=config.limits,
         grammars=GrammarCompiler(model.path, runner.vocab_size, card.stop_ids),
         drafting=_drafting(model, config, pool.size) if isinstance(policy, DraftingPolicy) else None,
+        kv=None if retriever is None else config.retrieval,
     )
     attach_profile(engine, config)
     return engine
@@ -145,6 +151,38 @@ def _drafting(model: LoadedModel, config: EngineConfig, slots: int) -> Drafting 
     costs = DraftTimes()
     measure(drafters, costs, model.card.vocab_size)
     return Drafting(drafters, OnlineCalibration(), costs)
+
+
+def _retriever(model: LoadedModel, pool: SlotPool, config: EngineConfig) -> SlotRetriever | None:
+    """What reads a share of long contexts; None where it cannot run.
+
+    Raises:
+        InvalidRequest: it cannot run, and the configuration asks for it.
+    """
+    import torch
+
+    from headrace.models import families
+    from headrace.models.cache.planes import is_int8
+    from headrace.sparse import sketch
+    from headrace.sparse.serving import ServingSettings, SlotRetriever
+
+    settings = ServingSettings()
+    depth, heads, size = families.kv_shape(model.config)
+    stored = torch.int8 if is_int8(config.kv_cache_dtype) else model.dtype
+    problem = ""
+    if size % settings.codes.subspaces:
+        problem = f"the head size {size} is odd"
+    elif getattr(model.config, "attn_logit_softcapping", None) or model.config.model_type == "gpt_oss":
+        problem = "its attention caps scores or has sinks"
+    elif torch.device(model.device).type != "cpu":
+        problem = "K and V are on a GPU; headrace.sparse.PQCache takes them with transformers' generate"
+    elif not sketch.usable(settings.codes, stored, torch.device("cpu")):
+        problem = "it needs a C++ compiler, and K and V in float32, bfloat16 or int8"
+    if not problem:
+        return SlotRetriever(pool, depth, heads, size, settings)
+    if config.kv != "full":
+        raise InvalidRequest(f"kv is {config.kv!r}, which cannot run here ({problem}): leave it out", field="kv")
+    return None
 
 
 def _runner_options(config: EngineConfig) -> dict[str, Any]:

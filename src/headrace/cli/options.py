@@ -61,6 +61,16 @@ KvGib = Annotated[float | None, _engine("Memory for K and V in GiB; by default a
 KvCacheDtype = Annotated[
     str, _engine("auto (the model's dtype) or int8, for nearly four times the tokens.", metavar="NAME")
 ]
+Kv = Annotated[
+    str,
+    _engine(
+        "How decode steps read the context: full, pq (the share that an index of the keys points at) or auto (pq from 8192 tokens on). "
+        "Requests may say otherwise.",
+        "--kv",
+        metavar="MODE",
+    ),
+]
+KvBudget = Annotated[float, _engine("Share of the context that --kv pq and auto read.")]
 MaxContext = Annotated[int | None, _engine("Longest prompt plus output in tokens; by default the model's own.")]
 ProfileOption = Annotated[
     str,

@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.core.retrieval import Retrieval
+
 Purpose = Literal["prefill", "draft", "verify", "tune", "embed"]
 Ints = NDArray[np.int32]
 
@@ -34,6 +36,7 @@ class Segment:
         wanted: int32[w] rows of the segment whose logits are needed, ascending.
         purpose: what the segment is for.
         adapter: row of the adapter table, 0 for none.
+        kv: how its rows read the context, None for whole; only decode rows and draft trees may do otherwise.
     """
 
     sequence: int
@@ -45,6 +48,7 @@ class Segment:
     parents: Ints | None = None
     purpose: Purpose = "prefill"
     adapter: int = 0
+    kv: Retrieval | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,15 @@ class StepShape:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Retrieving:
+    """A segment of a batch that reads a share of its context: its number in the batch, its sequence's, and how."""
+
+    segment: int
+    sequence: int
+    kv: Retrieval
+
+
 @dataclass(slots=True)
 class Batch:
     """Packed segments. All index arrays are int32 and may be views of reused buffers: valid until the next pack.
@@ -85,6 +98,7 @@ class Batch:
         head_rows: [R] rows that pass through the LM head, in segment order.
         adapters: [S] row of the adapter table per segment.
         shape: the size of the step.
+        retrieving: the segments that read a share of their context; none unless the engine says so.
     """
 
     ids: Ints
@@ -98,6 +112,7 @@ class Batch:
     head_rows: Ints
     adapters: Ints
     shape: StepShape
+    retrieving: tuple[Retrieving, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -197,6 +212,7 @@ class Packer:
             head_rows=rows,
             adapters=adapters,
             shape=step_shape(segments),
+            retrieving=tuple(Retrieving(i, s.sequence, s.kv) for i, s in enumerate(segments) if s.kv is not None),
         )
 
 

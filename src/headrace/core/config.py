@@ -9,6 +9,7 @@ from typing import Any
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
+from headrace.core.retrieval import KVMode, Retrieval
 
 ALIASES = {"quantization": "quantize", "tensor_parallel_size": "tp"}
 """What users of vLLM call our options."""
@@ -33,6 +34,9 @@ class EngineConfig:
         kv_gib: GiB for K and V; None takes a share of the free memory.
         kv_cache_dtype: "auto" (the model's dtype) or "int8", which holds nearly four times the tokens of float32.
         max_context: longest prompt plus output in tokens; None takes the model's own.
+        kv: how decode steps read the context of requests that do not say: "full", "pq" (a share that an index points at) or "auto"
+            (that in long contexts only).
+        kv_budget: the share, in (0, 1].
         prefix_cache: share the K and V of equal prefixes between requests.
         max_queue: waiting requests above which new ones are refused.
         trust_remote_code: run Python code that comes with a checkpoint.
@@ -56,6 +60,8 @@ class EngineConfig:
     kv_gib: float | None = None
     kv_cache_dtype: str = "auto"
     max_context: int | None = None
+    kv: KVMode = "full"
+    kv_budget: float = 0.1
     prefix_cache: bool = True
     max_queue: int = 256
     trust_remote_code: bool = False
@@ -69,6 +75,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InvalidRequest(f"{name} is {value!r}: give a number above 0, or leave it out", field=name)
+        Retrieval(self.kv, self.kv_budget)
         if self.tp < 1:
             raise InvalidRequest(f"tp is {self.tp}: give at least 1", field="tp")
         if self.max_queue < 1:
@@ -82,6 +89,11 @@ class EngineConfig:
                 "every running sequence needs a row in each step, so lower the one or raise the other",
                 field="max_sequences",
             )
+
+    @property
+    def retrieval(self) -> Retrieval:
+        """``kv`` and ``kv_budget``."""
+        return Retrieval(self.kv, self.kv_budget)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

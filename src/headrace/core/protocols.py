@@ -74,6 +74,14 @@ class Closeable(Protocol):
         """Let go of it; the runner cannot run afterwards."""
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """A runner that keeps something about sequences from step to step, such as an index of their keys."""
+
+    def forget(self, sequence: int) -> None:
+        """The sequence leaves its slots, which are still its own at this moment; unknown numbers are ignored."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quality:
     """What quantisation costs on a built-in text.

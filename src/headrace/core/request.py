@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Literal
 
 from headrace.core.errors import InvalidRequest
+from headrace.core.retrieval import Retrieval
 
 StructureKind = Literal["json_schema", "json_object", "regex", "choice", "ebnf"]
 
@@ -173,6 +174,7 @@ class Request:
         arrival: when the client's request reached us; 0.0 lets the engine stamp it.
         cache_salt: requests share cached prefixes only under the same salt.
         owner: who pays (an API key's label), for fair sharing; never the key itself.
+        kv: how decode steps read the context; None leaves it to the engine.
         speculate: True drafts for this request wherever drafts can be had, False never does, None leaves it to the policy.
     """
 
@@ -186,3 +188,4 @@ class Request:
     cache_salt: str = ""
     owner: str = ""
     speculate: bool | None = None
+    kv: Retrieval | None = None

@@ -9,6 +9,7 @@ from headrace.core.errors import ContextTooLong, InvalidRequest
 from headrace.core.policy import Limits
 from headrace.core.protocols import ModelCard
 from headrace.core.request import Request
+from headrace.core.retrieval import Retrieval
 
 
 def complete_request(request: Request, card: ModelCard, limits: Limits, *, now: float) -> Request:
@@ -53,3 +54,21 @@ def complete_request(request: Request, card: ModelCard, limits: Limits, *, now: 
         ),
         arrival=request.arrival or now,
     )
+
+
+def with_retrieval(request: Request, default: Retrieval | None) -> Request:
+    """``request`` with its way to read the context settled; None where it reads all of it always.
+
+    Raises:
+        InvalidRequest: it wants to retrieve, and ``default`` is None: the engine cannot.
+    """
+    wish = request.kv or default
+    if wish is not None and wish.mode == "full":
+        wish = None
+    if wish is not None and default is None:
+        raise InvalidRequest(
+            "this model reads its whole context here (retrieval needs a CPU with a C++ compiler, plain full attention and one rank): "
+            "leave kv out, or give kv.mode full",
+            field="kv.mode",
+        )
+    return replace(request, kv=wish)

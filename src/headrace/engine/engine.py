@@ -16,9 +16,10 @@ from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import EngineStats, SequenceDelta
 from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
-from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver
+from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Remembering, Runner, StepObserver
 from headrace.core.request import Request
-from headrace.engine.admission import complete_request
+from headrace.core.retrieval import Retrieval
+from headrace.engine.admission import complete_request, with_retrieval
 from headrace.engine.assembly import Assembled, assemble
 from headrace.engine.drafting import Drafting
 from headrace.engine.head import Head
@@ -52,6 +53,7 @@ class Engine:
         profile: what steps cost, for the policy to ask.
         observer: is told what every step took.
         drafting: drafters, for policies that speculate; None never does.
+        kv: how decode steps read the context of requests that do not say; None where the runner can but read all of it.
     """
 
     sequence_type: type[Sequence] = Sequence
@@ -70,10 +72,11 @@ class Engine:
         profile: Profile | None = None,
         observer: StepObserver | None = None,
         drafting: Drafting | None = None,
+        kv: Retrieval | None = None,
     ) -> None:
         self.runner, self.space, self.policy, self.sampler = runner, space, policy, sampler
         self.card, self.grammars = card, grammars
-        self.profile, self.observer, self.drafting = profile, observer, drafting
+        self.profile, self.observer, self.drafting, self.kv = profile, observer, drafting, kv
         self.limits = limits or Limits()
         self.clock: Clock = clock or WallClock()
         self._budget = StepBudget(self.limits)
@@ -99,6 +102,7 @@ class Engine:
             InvalidRequest: it could never be served; see :func:`headrace.engine.admission.complete_request`.
         """
         request = complete_request(request, self.card, self.limits, now=self.clock.now())
+        request = with_retrieval(request, self.kv)
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is already open: choose another", field="id")
         sequence = self.sequence_type.of(request, self.card, self._take_id())
@@ -233,6 +237,7 @@ class Engine:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; what nobody overwrites of its K and V is found again later."""
+        self._forget(sequence)
         self.space.publish(sequence)
         self.space.release(sequence)
         del self._running[sequence.id]
@@ -361,6 +366,7 @@ class Engine:
         if sequence.running:
             del self._running[sequence.id]
             sequence.running = False
+            self._forget(sequence)
             if delta.error is None:  # what a failed step wrote may be garbage: nobody else shall find it
                 self.space.publish(sequence)
             self.space.release(sequence)
@@ -378,6 +384,10 @@ class Engine:
             self._deltas.append(
                 SequenceDelta(delta.request_id, index, reason=delta.reason, timing=sequence.timing, error=delta.error)
             )
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.kv is not None and isinstance(self.runner, Remembering):
+            self.runner.forget(sequence.id)
 
     def _fail(self, sequence: Sequence, failure: BaseException | None) -> None:
         error = failure if isinstance(failure, HeadraceError) else HeadraceError(f"internal error: {failure}")

@@ -53,9 +53,9 @@ class KVSpace:
         return self.pool.take(count) if self.pool.free >= count else None
 
     def publish(self, sequence: Sequence) -> None:
-        """Let other requests find the K and V of a sequence's computed tokens."""
-        if self.radix is not None and sequence.context:
-            held = sequence.context
+        """Let other requests find the K and V of a sequence's computed tokens, those that retrieval made approximate excepted."""
+        if self.radix is not None and sequence.exact:
+            held = sequence.exact
             self.radix.insert(sequence.request.cache_salt, sequence.tokens[:held], sequence.slots[:held])
 
     def fork(self, parent: Sequence, twin: Sequence) -> None:

@@ -15,6 +15,7 @@ from headrace.engine.rng import stream_key
 if TYPE_CHECKING:
     from headrace.core.batch import Ints
     from headrace.core.protocols import ModelCard
+    from headrace.core.retrieval import Retrieval
     from headrace.core.speculation import DraftTree
     from headrace.engine.grammar import GrammarState
 
@@ -30,7 +31,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "context", "draw_key", "grammar", "id", "index", "length", "max_tokens", "output", "owner",
+        "arrival", "context", "draw_key", "grammar", "id", "index", "kv", "length", "max_tokens", "output", "owner",
         "priority", "prompt_length", "request", "running", "slo", "slots", "stop_ids", "timing", "tokens", "unwanted", "width",
     )  # fmt: skip
 
@@ -44,6 +45,7 @@ class Sequence:
         self.arrival = request.arrival
         self.owner = request.owner
         self.slo: SLO = request.slo
+        self.kv = request.kv
         self.draw_key = draw_key
         self.stop_ids = stop_ids
         self.max_tokens = max_tokens
@@ -139,6 +141,7 @@ class Sequence:
             write_slots=slots,
             context_slots=self.slots[:begin],
             wanted=np.arange(count - 1, count, dtype=np.int32) if end == self.length else _NONE,
+            kv=self._retrieval() if count == 1 else None,
         )
 
     def tree_segment(self, slots: Ints, tree: DraftTree) -> Segment:
@@ -153,7 +156,17 @@ class Sequence:
             wanted=np.arange(count, dtype=np.int32),
             parents=None if tree.is_chain else np.concatenate([np.array([ROOT], np.int32), tree.parents + 1]),
             purpose="verify",
+            kv=self._retrieval(),
         )
+
+    @property
+    def exact(self) -> int:
+        """Tokens at the start whose K and V were computed with the whole context in view, as anybody else's would be."""
+        return self.context if self._retrieval() is None else min(self.context, self.prompt_length)
+
+    def _retrieval(self) -> Retrieval | None:
+        """How a decode step reads the context now."""
+        return self.kv if self.kv is not None and self.output and self.kv.applies(self.context) else None
 
     def settle(self, kept: Ints) -> None:
         """Note that the next ``len(kept)`` tokens have their K and V in ``kept``, whatever slots were held for them."""

@@ -17,6 +17,7 @@ from headrace.models.cache.planes import write
 
 if TYPE_CHECKING:
     from headrace.models.attention import AttentionBackend, AttentionStep
+    from headrace.models.attention.retrieving import Retriever
     from headrace.models.cache.planes import Scales
 
 NAME = "headrace"
@@ -36,6 +37,8 @@ class Step:
         keys, values: per layer, the planes [slots, Hkv, D] that hold K and V.
         write_slots: int64[N], where each token's K and V go.
         scales: per layer, the scales float32[slots, Hkv] of K and V where the planes are int8, else None.
+        retriever: who attends to some of the segments, and ``bare``, the backend's view of the batch without these segments'
+            context; None where the backend attends to all.
         calls: attention calls so far, to notice a model that goes around the hook.
     """
 
@@ -45,6 +48,8 @@ class Step:
     values: Sequence[Tensor]
     write_slots: Tensor
     scales: Sequence[Scales] | None = None
+    retriever: Retriever | None = None
+    bare: AttentionStep | None = None
     calls: int = field(default=0)
 
 
@@ -87,17 +92,23 @@ def attention_forward(
     for plane, rows, which in ((keys, key, 0), (values, value, 1)):
         write(plane, step.write_slots, rows[0].transpose(0, 1), None if scales is None else scales[which])
     step.calls += 1
+    # Windows, soft caps and sinks are the backend's business alone: their layers see the whole context.
+    plain = sliding_window is None and softcap is None and s_aux is None
+    retriever = step.retriever if plain else None
+    queries, scale = query[0].transpose(0, 1), query.shape[-1] ** -0.5 if scaling is None else scaling
     out = step.backend.attend(
-        query[0].transpose(0, 1),
+        queries,
         keys,
         values,
-        step.attention,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        step.attention if retriever is None or step.bare is None else step.bare,
+        scale=scale,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
         scales=scales,
     )
+    if retriever is not None:
+        retriever.attend(layer, queries, keys, values, out, scale, scales)
     return out.unsqueeze(0), None
 
 

@@ -14,6 +14,7 @@ from headrace.core.errors import OutOfMemory, UnsupportedModel
 from headrace.core.protocols import StepResult
 from headrace.models import families
 from headrace.models.attention import get_backend
+from headrace.models.attention.retrieving import without_context
 from headrace.models.cache.planes import Planes, add_planes
 from headrace.models.fused.pinned import Pinned
 from headrace.models.graphs import Capture, CudaCapture, Graphs
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from headrace.models.attention import AttentionStep
     from headrace.models.attention.gpu_static import StaticStep
     from headrace.models.attention.interface import AttentionBackend
+    from headrace.models.attention.retrieving import Retriever
     from headrace.models.cache.slots import SlotPool
     from headrace.models.loaded import LoadedModel
 
@@ -42,6 +44,7 @@ class ModelRunner:
         kv_cache_dtype: "auto" keeps K and V in the model's dtype, "int8" as codes with a scale per K/V head.
         graphs: capture small steps and replay them (:mod:`headrace.models.graphs`) where the model is on a GPU, attends by Triton and
             is not shared; or what to capture with.
+        retriever: attends to segments that read a share of their context; None reads everything.
 
     Raises:
         InvalidRequest: for an attention backend that does not exist or cannot run on the model's device, or another ``kv_cache_dtype``.
@@ -55,7 +58,9 @@ class ModelRunner:
         attention: str = "auto",
         kv_cache_dtype: str = "auto",
         graphs: bool | Capture = True,
+        retriever: Retriever | None = None,
     ) -> None:
+        self._retriever = retriever
         self._device = torch.device(model.device)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # Triton launches on the current one, whatever its tensors say
@@ -98,7 +103,7 @@ class ModelRunner:
         """
         started = time.perf_counter()
         try:
-            logits = self._by_modules(batch) if self._native is None else self._native(batch, self._planes)
+            logits = self._logits(batch)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except (RuntimeError, MemoryError) as error:
@@ -112,21 +117,44 @@ class ModelRunner:
             ) from error
         return StepResult(logits, forward_s=time.perf_counter() - started)
 
+    def forget(self, sequence: int) -> None:
+        """Let go of what is kept about a sequence."""
+        if self._retriever is not None:
+            self._retriever.forget(sequence)
+
     @torch.inference_mode()
-    def _by_modules(self, batch: Batch) -> Tensor:
-        replayed = None if self._graphs is None else self._graphs.run(batch)
+    def _logits(self, batch: Batch) -> Tensor:
+        taken = None
+        if batch.retrieving and self._retriever is not None:
+            taken = self._retriever.begin(batch, self._planes)
+        if taken is None:
+            return self._by_modules(batch) if self._native is None else self._native(batch, self._planes)
+        bare = without_context(batch, taken)
+        if self._native is not None and self._forward.plain:
+            return self._native(bare, self._planes, self._retriever)
+        return self._by_modules(batch, bare)
+
+    def _by_modules(self, batch: Batch, bare: Batch | None = None) -> Tensor:
+        replayed = None if self._graphs is None or bare is not None else self._graphs.run(batch)
         if replayed is not None:
             return replayed
         attention = self._backend.prepare(batch, self._device)
         # Rows are distinct, so as many as there are tokens means all of them, in order: nothing to select.
         rows = None if len(batch.head_rows) == batch.tokens else self._tensor(batch.head_rows)
         ids, positions = self._tensor(batch.ids), self._tensor(batch.positions)
-        return self._through(attention, ids, positions, rows, self._tensor(batch.write_slots))
+        aside = None if bare is None else self._backend.prepare(bare, self._device)
+        return self._through(attention, ids, positions, rows, self._tensor(batch.write_slots), aside)
 
     def _through(
-        self, attention: AttentionStep, ids: Tensor, positions: Tensor, rows: Tensor | None, writes: Tensor
+        self,
+        attention: AttentionStep,
+        ids: Tensor,
+        positions: Tensor,
+        rows: Tensor | None,
+        writes: Tensor,
+        bare: AttentionStep | None = None,
     ) -> Tensor:
-        """Logits of ``rows``, of all when None."""
+        """Logits of ``rows``, of all when None; with ``bare``, the retriever attends to some segments."""
         step = Step(
             backend=self._backend,
             attention=attention,
@@ -134,6 +162,8 @@ class ModelRunner:
             values=self._planes.values,
             scales=self._planes.scales,
             write_slots=writes.long(),
+            retriever=None if bare is None else self._retriever,
+            bare=bare,
         )
         logits = self._forward.logits(ids, positions, rows, step)
         if step.calls != len(step.keys):
@@ -174,7 +204,7 @@ def _forward_of(module: Any, backend: AttentionBackend) -> Forward:
     return NativeStack(module)
 
 
-def _native_of(forward: Any, backend: AttentionBackend, planes: Planes) -> Callable[[Batch, Planes], Tensor] | None:
+def _native_of(forward: Any, backend: AttentionBackend, planes: Planes) -> Callable[..., Tensor] | None:
     """What runs a batch without any module in the way, where the whole model is native."""
     whole = getattr(forward, "whole", None)
     return forward.run if whole is not None and whole(backend, planes) else None

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from headrace.core.protocols import ModelCard
 from headrace.core.request import Request, SamplingParams
+from headrace.core.retrieval import Retrieval
 from headrace.server.access import CLIENT_LEFT
 from headrace.server.errors import json_response
 from headrace.server.feed import Feed
@@ -90,6 +91,7 @@ def make_job(
             arrival=getattr(http.state, "arrival", 0.0) or time.monotonic(),
             cache_salt=body.cache_salt or "",
             owner=getattr(http.state, "owner", ""),
+            kv=None if body.kv is None else Retrieval(body.kv.mode, body.kv.budget),
         )
         for number, prompt in enumerate(prompts)
     )

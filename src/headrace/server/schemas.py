@@ -58,6 +58,15 @@ class SLOTargets(BaseModel):
     )
 
 
+class KVWish(BaseModel):
+    """How decode steps read a long context: whole ("full"), or the share that an index points at ("pq"; "auto" in long contexts)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    mode: Literal["full", "pq", "auto"] = "auto"
+    budget: float = Field(0.1, gt=0, le=1, description="Share of the context that a step reads.")
+
+
 class JsonSchema(Body):
     """The ``json_schema`` of a response format."""
 
@@ -126,6 +135,7 @@ class GenerationBody(Body):
     priority: int | None = Field(None, ge=-INT32, lt=INT32, description="Lower runs sooner.")
     service_tier: str | None = Field(None, max_length=64)
     slo: SLOTargets | None = None
+    kv: KVWish | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 

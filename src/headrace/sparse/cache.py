@@ -3,9 +3,9 @@
     model = headrace.sparse.enable(model)
     model.generate(**inputs, past_key_values=PQCache(model.config, budget=0.1))
 
-``update`` sees keys but no query, and the attention function a query but no cache. So a layer's ``update`` leaves itself with the key tensor
-that it gives back, and the attention function takes it up from there, for that very tensor only. Every other cache under the same
-attention implementation behaves as under "sdpa".
+``update`` sees keys but no query, and the attention function a query but no cache. So a layer's ``update`` leaves itself with
+the key tensor that it gives back, and the attention function takes it up from there, for that very tensor only. Every other
+cache under the same attention implementation behaves as under "sdpa".
 """
 
 from __future__ import annotations

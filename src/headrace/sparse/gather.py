@@ -29,7 +29,9 @@ class Gathered:
         usable = keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16)
         return usable and keys.is_contiguous() and importlib.util.find_spec("numba") is not None
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None, scale: float
+    ) -> Tensor:
         """As :func:`headrace.sparse.attend.attend_rows`.
 
         Args:

@@ -3,8 +3,8 @@
 """Search on the CPU, compiled by numba: joint cells for short codes, a scan for long ones, and the k best of either.
 
 *Joint cells.* With m * b <= 14 bits a key's whole code is one of few cells, and all keys of a cell have the same score. So scores,
-softmax and group sum are computed per cell, with the number of its keys as weight, and keys are taken cell by cell, best cell first, until
-there are k: exactly what a scan over all keys selects, at a cost that does not grow with their number (sheet section 10).
+softmax and group sum are computed per cell, with the number of its keys as weight, and keys are taken cell by cell, best cell
+first, until there are k: exactly what a scan over all keys selects, at a cost that does not grow with their number (sheet section 10).
 
 Keys of a cell are found through a list sorted by cell; those appended since it was sorted stand behind it in a short tail.
 """
@@ -111,7 +111,9 @@ def bar_of(weights: Any, counts: Any, k: int, bins: Any) -> tuple[int, int]:
 
 
 @njit
-def take_cells(weights: Any, starts: Any, order: Any, tail: Any, base: int, k: int, counts: Any, bins: Any, out: Any) -> int:
+def take_cells(
+    weights: Any, starts: Any, order: Any, tail: Any, base: int, k: int, counts: Any, bins: Any, out: Any
+) -> int:
     """The ``k`` best keys by the weights of their cells, the newest of a cell first, into ``out``; returns how many.
 
     Args:
@@ -188,8 +190,9 @@ def take_tokens(weights: Any, first: int, k: int, bins: Any, out: Any) -> int:
 
 @njit
 def search_cells(
-    tables: Any, starts: Any, order: Any, tail: Any, base: int, counts: Any, k: int, scores: Any, weights: Any, bins: Any, out: Any, sums: Any
-) -> int:
+    tables: Any, starts: Any, order: Any, tail: Any, base: int, counts: Any, k: int, scores: Any, weights: Any,
+    bins: Any, out: Any, sums: Any,
+) -> int:  # fmt: skip
     """Selection of one row by cells; see :func:`take_cells`.
 
     Args:

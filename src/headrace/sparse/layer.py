@@ -31,8 +31,8 @@ class PQSettings:
         refresh: fit anew once the middle has grown by this share since the last fit, because the keys of a long answer drift away from
             centroids fitted on its prompt; None never does, as in the paper.
         residual: mend the output with the estimated weight of what was not read.
-        enough: stop retrieving for a head once this share of the middle's estimated attention is covered, and retrieve up to ``stretch``
-            times the budget for one where it is not; None retrieves the same number always, as in the paper. Only the native
+        enough: stop retrieving for a head once this share of the middle's estimated attention is covered, and retrieve up to
+            ``stretch`` times the budget for one where it is not; None retrieves the same number always, as in the paper. Only the native
             kernels do; elsewhere heads retrieve the same number.
         stretch: see ``enough``.
         crossover: contexts shorter than this are attended to whole.

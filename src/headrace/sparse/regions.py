@@ -1,7 +1,7 @@
 """Which tokens are always attended, which are searched, and how many of them are fetched: plain numbers, no tensors.
 
-A context is three regions (paper section 3, sheet 3.1): *initial* tokens and a *local* window, always attended, and the *middle* between
-them, of which the best are retrieved.
+A context is three regions (paper section 3, sheet 3.1): *initial* tokens and a *local* window, always attended, and the *middle*
+between them, of which the best are retrieved.
 """
 
 from __future__ import annotations

@@ -125,9 +125,13 @@ class Sketch:
     @property
     def table(self) -> Tensor:
         """The codes uint8[H, m, length]."""
+        return self.part(0, self.length)
+
+    def part(self, first: int, last: int) -> Tensor:
+        """The codes of items [first, last): uint8[H, m, last - first]."""
         if not self.joint:
-            return self._codes[:, :, : self.length]
-        cells = self._cells[:, : self.length].to(torch.int32)
+            return self._codes[:, :, first:last]
+        cells = self._cells[:, first:last].to(torch.int32)
         mask = (1 << self.codes.bits) - 1
         return torch.stack([cells >> self.codes.bits * m & mask for m in range(self.codes.subspaces)], 1).to(
             torch.uint8

@@ -126,6 +126,22 @@ class InlineAttention:
         left = self._chunks(batch) if dense_rows else {}
         return Prepared(farthest, ids, positions, writes, wanted, left)
 
+    def views(
+        self, layer: int, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, tuple[Tensor, Tensor] | None]:
+        """Of a layer whose worker has run: queries [rows, Hq, D], its planes, results [rows, Hq, D], scale, and the planes' scales."""
+        keys, values, scales = self._planes
+        shape = (rows, self._layers[layer].query_heads, self._size)
+        queries, out = (part[: shape[0] * shape[1] * shape[2]].view(shape) for part in (self._queries, self._out))
+        return (
+            queries,
+            keys[layer],
+            values[layer],
+            out,
+            self._layers[layer].scale,
+            None if scales is None else scales[layer],
+        )
+
     def finish(self, layer: int, chunks: list[dense.Chunk]) -> None:
         """Attend to the rows that the layer's worker left out."""
         keys, values, scales = self._planes

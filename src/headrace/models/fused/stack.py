@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.core.batch import Batch
 from headrace.models.attention.interface import AttentionBackend
+from headrace.models.attention.retrieving import Retriever
 from headrace.models.cache.planes import Planes
 from headrace.models.fused.layers import LayerRecogniser, recognise_embedding, recognise_head
 from headrace.models.fused.step import Angles, NativeLayer, NativeStep, usable
@@ -55,23 +56,29 @@ class NativeStack(LayerStack):
         complete = len(parts.layers) == self.depth and parts.embedding is not None and parts.head is not None
         return complete and usable(backend, planes)
 
-    def run(self, batch: Batch, planes: Planes) -> Tensor:
-        """float32[R, vocabulary] of ``batch.head_rows``, in native calls alone."""
-        logits = self._native.run(0, self.depth, batch, planes, embed=True, project=True)
+    @property
+    def plain(self) -> bool:
+        """Whether no native layer has a window, a soft cap or sinks, so that a retriever may have its say in all of them."""
+        return self._native.plain
+
+    def run(self, batch: Batch, planes: Planes, retriever: Retriever | None = None) -> Tensor:
+        """float32[R, vocabulary] of ``batch.head_rows``, in native calls, between which a retriever attends to its segments."""
+        logits = self._native.run(0, self.depth, batch, planes, embed=True, project=True, retriever=retriever)
         assert logits is not None
         return logits
 
     def layers(self, state: State, lo: int, hi: int, step: Step) -> State:
         """Run layers ``lo`` to ``hi - 1``, which attend through ``step``."""
         planes = self._planes_of(step)
-        if not usable(step.backend, planes):
+        if not usable(step.backend, planes) or (step.retriever is not None and not self.plain):
             return super().layers(state, lo, hi, step)
         rows = self._native.rows(state.hidden.shape[1])
         rows.copy_(state.hidden[0])
+        batch = step.attention.batch if step.bare is None else step.bare.batch
         for first, last, native in self._spans:
             first, last = max(first, lo), min(last, hi)
             if native and first < last:
-                self._native.run(first, last, step.attention.batch, planes)
+                self._native.run(first, last, batch, planes, retriever=step.retriever)
                 step.calls += last - first
             elif first < last:
                 now = State(rows[None], state.positions, state.rotary)

@@ -14,6 +14,7 @@ from headrace.core.batch import Batch
 from headrace.models.attention.cpu import NumbaAttention
 from headrace.models.attention.inline import InlineAttention, LayerAttention
 from headrace.models.attention.interface import AttentionBackend
+from headrace.models.attention.retrieving import Retriever
 from headrace.models.cache.planes import Planes
 from headrace.models.fused.modules import FusedAttention, FusedMLP, FusedNorm
 from headrace.native import blocks, step
@@ -147,13 +148,26 @@ class NativeStep:
             _describe(self._structs[index], layer)
         self._turn()
 
+    @property
+    def plain(self) -> bool:
+        """Whether no layer has a window, a soft cap or sinks."""
+        return all(layer.attends.plain and layer.attends.window is None for layer in self.layers.values())
+
     def rows(self, count: int) -> Tensor:
         """float32[count, hidden]: where :meth:`run` finds and leaves the residual stream. Valid until more rows are asked for."""
         self._make_room(count)
         return self._buffers.x[:count]
 
     def run(
-        self, first: int, last: int, batch: Batch, planes: Planes, *, embed: bool = False, project: bool = False
+        self,
+        first: int,
+        last: int,
+        batch: Batch,
+        planes: Planes,
+        *,
+        embed: bool = False,
+        project: bool = False,
+        retriever: Retriever | None = None,
     ) -> Tensor | None:
         """Run layers [first, last), all of them native, on the rows of ``batch`` in :meth:`rows`.
 
@@ -161,6 +175,7 @@ class NativeStep:
             planes: where K and V live; asked for once, as long as it is the same object.
             embed: start with the embedding of ``batch.ids``.
             project: end with the head of ``batch.head_rows``.
+            retriever: gets its say behind the attention of every layer; the layers must be :attr:`plain`.
 
         Returns:
             With ``project`` float32[R, vocabulary], else None.
@@ -178,9 +193,15 @@ class NativeStep:
         program.begin, program.rows, program.head = 2 * first, tokens, None
         program.ids, program.positions, program.slots = found.ids, found.positions, found.writes
         program.embedding = self._embedding_address if embed else None
-        for index in sorted(index for index in found.left if first <= index < last):
+        for index in range(first, last):
+            number = self._numbers[index]
+            if retriever is None and number not in found.left:
+                continue
             self._call(2 * index + 1)
-            attention.finish(self._numbers[index], found.left[index])
+            attention.finish(number, found.left.get(number, []))
+            if retriever is not None:
+                queries, keys, values, out, scale, scales = attention.views(number, tokens)
+                retriever.attend(self.layers[index].attention.layer_idx, queries, keys, values, out, scale, scales)
         logits = self._want(found.wanted, len(batch.head_rows)) if project else None
         self._call(2 * last)
         return logits
