@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +82,7 @@ def _answer(engine: Engine, name: str, prompt: tuple[int, ...], **fields: Any) -
 
 
 @pytest.fixture
-def everything(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def everything(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """All items are retrieved, through the index; notes how many questions were asked."""
     asked: list[int] = []
     right = Searcher.attend
@@ -93,7 +92,7 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         right(self, [replace(q, most=q.local - q.initial) for q in questions], out)
 
     monkeypatch.setattr(Searcher, "attend", attend)
-    yield asked
+    return asked
 
 
 @pytest.mark.parametrize("linears", ["module", "native"])
@@ -172,7 +171,7 @@ def test_chunks_batches_and_refresh(everything: list[int]) -> None:
     settings = replace(SETTINGS, refresh=0.1)
     outputs = []
     for kv in (None, PQ):
-        engine, _, retriever = _engine(kv=kv, settings=settings, chunk=64)
+        engine, _, _ = _engine(kv=kv, settings=settings, chunk=64)
         params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
         found: dict[str, list[int]] = {}
         for number, length in enumerate((60, 130, 200)):
