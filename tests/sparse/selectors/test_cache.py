@@ -58,7 +58,7 @@ def test_a_small_budget_does_not(model: Any, name: str) -> None:
 def test_pq_is_the_same_as_pqcache(model: Any) -> None:
     ids = _ids()
     options: dict[str, Any] = {"codes": "2x4", "refresh": None}
-    expected = _logits(enable(model), PQCache(model.config, budget=0.2, initial=4, **options), ids)
+    expected = _logits(enable(model), PQCache(model.config, budget=0.2, initial=4, crossover=0, **options), ids)
     cache = SelectedCache(model.config, "pq", Regions(0.2, initial=4), **options)
     assert (_logits(enable_selected(model), cache, ids) - expected).abs().max() < 1e-4 * expected.abs().max()
 

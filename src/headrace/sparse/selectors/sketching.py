@@ -40,7 +40,7 @@ class Quest(Selector):
     def __init__(self, place: Place | None = None, page: int = 16) -> None:
         super().__init__(place)
         self.page = page
-        self._first = 0
+        self.first = 0
         self._bounds: tuple[Tensor, Tensor] | None = None  # of whole pages, [R, pages, D] each: least, greatest
 
     def select(self, queries: Tensor, keys: Tensor, first: int, last: int, count: int, scale: float) -> Tensor:
@@ -54,8 +54,8 @@ class Quest(Selector):
     def _pages(self, middle: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Bounds of all pages of the middle; those of whole pages are computed once."""
         whole = middle.shape[1] // self.page
-        if self._bounds is None or self._first != first or self._bounds[0].shape[1] > whole:
-            self._bounds, self._first = (middle[:, :0].float(), middle[:, :0].float()), first
+        if self._bounds is None or self.first != first or self._bounds[0].shape[1] > whole:
+            self._bounds, self.first = (middle[:, :0].float(), middle[:, :0].float()), first
         known = self._bounds[0].shape[1]
         if whole > known:
             fresh = middle[:, known * self.page : whole * self.page].float().unflatten(1, (-1, self.page))
@@ -85,7 +85,7 @@ class InfLLM(Selector):
         super().__init__(place)
         self.block, self.representatives, self.window = block, representatives, window
         self._asked: Tensor | None = None  # running sums of queries, over the group too, float64[R, tokens, D]
-        self._first = 0
+        self.first = 0
         self._sums: Tensor | None = None  # of whole blocks' representatives, [R, blocks, D]
 
     def read(self, queries: Tensor, keys: Tensor, scale: float) -> None:
@@ -107,8 +107,8 @@ class InfLLM(Selector):
     def _blocks(self, middle: Tensor, first: int) -> Tensor:
         """Sums of representatives of all blocks of the middle; those of whole blocks are computed once."""
         whole = middle.shape[1] // self.block
-        if self._sums is None or self._first != first or self._sums.shape[1] > whole:
-            self._sums, self._first = middle[:, :0].float(), first
+        if self._sums is None or self.first != first or self._sums.shape[1] > whole:
+            self._sums, self.first = middle[:, :0].float(), first
         for number in range(self._sums.shape[1], whole):
             self._sums = torch.cat([self._sums, self._represent(middle, first, number)], 1)
         if middle.shape[1] == whole * self.block:
@@ -146,16 +146,16 @@ class ProductQuantised(Selector):
         super().__init__(place)
         self.codes, self.refresh, self.iterations, self.seed = Codes.parse(codes), refresh, iterations, seed
         self.index: PQIndex | None = None
-        self._fitted = self._first = 0
+        self._fitted = self.first = 0
 
     def select(self, queries: Tensor, keys: Tensor, first: int, last: int, count: int, scale: float) -> Tensor:
         size = last - first
         stale = self.index is not None and self.refresh is not None and size > self._fitted * (1.0 + self.refresh)
-        if self.index is None or stale or self._first != first or size < self.index.length:
+        if self.index is None or stale or self.first != first or size < self.index.length:
             kind = compiled_kind(self.codes, keys.device)
             self.index = kind(self.codes, iterations=self.iterations, seed=self.seed)
             self.index.build(keys[:, first:last])
-            self._fitted, self._first = size, first
+            self._fitted, self.first = size, first
         elif size > self.index.length:
             self.index.append(keys[:, first + self.index.length : last])
         return self.index.select(queries, count, scale) + first
