@@ -33,7 +33,9 @@ PLACE_PAIRS = 15
 """Pairs whose rotation tells how far back a token is; the one after them carries the first token's mark."""
 
 PLACE = 40.0
-NEWEST, OLDER = 200.0, 40.0
+NEWEST, OLDER = 320.0, 40.0
+"""Weights of matches in the copying head: the newest token decides, and older ones between equals."""
+
 LOOKUP, SHARE = 100.0, 2.75
 """Weight of a match in the lookup head, and how many matches the first token counts as: three win, two and a half do not."""
 

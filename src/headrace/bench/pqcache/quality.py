@@ -15,7 +15,7 @@ from headrace.bench.pqcache.forced import forced_rows
 from headrace.bench.pqcache.methods import BASELINES, PQ_LARGE, PQ_RESIDUAL, PQ_SMALL, Method, read
 from headrace.bench.pqcache.recorded import recorded_rows
 from headrace.bench.pqcache.taskrows import Exam, task_rows
-from headrace.bench.pqcache.tasks import Shape, synthetic
+from headrace.bench.pqcache.tasks import Language, Shape, of_tokenizer, synthetic
 from headrace.bench.pqcache.texts import answered, held_out, shifted, two_texts
 
 TRAINED = Path(__file__).parent / "retrieval"
@@ -34,8 +34,8 @@ class Plan:
     """How much is measured.
 
     Attributes:
-        analytic, long, trained: exams of the analytic model, of its long answers, and of the trained one.
-        families: that the trained model solves dense.
+        analytic, worded, long, trained: exams of the analytic model, of the same over the bundled tokenizer's words, of its long
+            answers, and of the trained model.
         budgets: shares of the context.
         windows, context, prompt: held-out texts, their tokens, and how many of them are the prompt.
         drift: tokens of prompt and answer.
@@ -43,6 +43,7 @@ class Plan:
     """
 
     analytic: tuple[Exam, ...]
+    worded: tuple[Exam, ...]
     long: tuple[Exam, ...]
     trained: tuple[Exam, ...]
     budgets: tuple[float, ...]
@@ -59,6 +60,7 @@ FULL = Plan(
         Exam(FIVE, Shape(8192), 1),
         Exam(FIVE, Shape(32768, questions=2), 1),
     ),
+    worded=(Exam(("multikey", "moved"), Shape(4096, questions=2), 1),),
     long=(Exam(("passages",), Shape(8192, value=512, questions=1), 2),),
     trained=(Exam(FIVE, Shape(1024, value=6, hops=3, spacing=32), 2),),
     budgets=(0.2, 0.1, 0.05),
@@ -70,6 +72,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     analytic=(Exam(FIVE, Shape(4096, questions=2), 1),),
+    worded=(),
     long=(),
     trained=(Exam(FIVE, Shape(1024, value=6, hops=3, spacing=32, questions=2), 1),),
     budgets=(0.2, 0.1),
@@ -101,6 +104,10 @@ def _tasks(plan: Plan, progress: Progress) -> Rows:
     language = synthetic(VOCABULARY)
     model = analytic_model(language, VOCABULARY)
     rows = task_rows("analytic", model, language, plan.analytic, _methods(plan), plan.budgets, progress)
+    if plan.worded:
+        words, size = bundled_language()
+        speaker = analytic_model(words, size)
+        rows += task_rows("analytic, words", speaker, words, plan.worded, _methods(plan), plan.budgets, progress)
     return rows + task_rows("analytic", model, language, plan.long, _methods(plan), (0.1,), progress)
 
 
@@ -136,6 +143,16 @@ def _drift(plan: Plan, progress: Progress) -> Rows:
     model, tokenizer = _bundled_model("bundled")
     context = read(model, two_texts(tokenizer, 512, 1536))
     return rows + drift_rows("bundled target", context, 512, ("2x6", "4x8"), RULES, 0.1, progress)
+
+
+def bundled_language() -> tuple[Language, int]:
+    """The language over the bundled tokenizer's words, and the number of its tokens."""
+    from transformers import AutoTokenizer
+
+    from headrace.models.checkpoints.hub import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("bundled"))
+    return of_tokenizer(tokenizer), len(tokenizer)
 
 
 def _bundled_model(known: str) -> tuple[Any, Any]:

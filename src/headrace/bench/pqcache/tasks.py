@@ -183,8 +183,8 @@ def moved(language: Language, shape: Shape, rng: np.random.Generator) -> Task:
 
 
 def passages(language: Language, shape: Shape, rng: np.random.Generator) -> Task:
-    """Facts with long values, most of the haystack: a long answer, read off a passage token by token."""
-    count = max(1, min(shape.questions, (shape.length - 1) // (2 * shape.fact)))
+    """Facts with long values, half of the haystack: a long answer, read off a passage token by token."""
+    count = max(1, (shape.length - 1) // (2 * shape.fact))
     facts = _facts(language, shape, rng, count)
     context = _scatter(language, shape.length, facts, rng)
     return Task("passages", context, _ask(language, facts, rng, shape.questions, shape.name))
