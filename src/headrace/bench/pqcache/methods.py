@@ -74,7 +74,7 @@ def read(model: Any, ids: Tensor) -> Reading:
         def read(self, query: Tensor, scale: float) -> None:
             self.seen, self.scale = query, scale
 
-    layers = [Recorder(SelectedAttention(Selector(), Regions(1.0))) for _ in range(model.config.num_hidden_layers)]
+    layers: list[Any] = [Recorder(SelectedAttention(Selector(), Regions(1.0))) for _ in range(model.config.num_hidden_layers)]
     with torch.inference_mode():
         enable_selected(model)(ids, past_key_values=Cache(layers=layers), logits_to_keep=1)
     return Reading(

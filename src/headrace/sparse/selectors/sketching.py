@@ -58,7 +58,11 @@ class Quest(Selector):
             self._bounds, self.first = (middle[:, :0].float(), middle[:, :0].float()), first
         known = self._bounds[0].shape[1]
         if whole > known:
-            fresh = middle[:, known * self.page : whole * self.page].float().unflatten(1, (-1, self.page))
+            fresh = (
+                middle[:, known * self.page : whole * self.page]
+                .float()
+                .view(len(middle), -1, self.page, middle.shape[2])
+            )
             self._bounds = (
                 torch.cat([self._bounds[0], fresh.amin(2)], 1),
                 torch.cat([self._bounds[1], fresh.amax(2)], 1),
