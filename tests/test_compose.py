@@ -18,6 +18,7 @@ from headrace.core.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
 from headrace.core.outputs import SequenceDelta
 from headrace.core.policy import Limits
 from headrace.core.request import Request, SamplingParams
+from headrace.core.retrieval import Retrieval
 from headrace.engine.engine import Engine
 
 
@@ -188,3 +189,17 @@ def test_int8_keys_and_values_leave_room_for_more(folder: Path) -> None:
 def test_wrong_names_do_not_cost_a_load(option: str, value: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{option} is '{value}'"):
         build_engine(config("nowhere", **{option: value}))
+
+
+@pytest.mark.parametrize("kv", ["pq", "auto"])
+def test_retrieval_by_configuration(folder: Path, kv: str) -> None:
+    engine = build_engine(config(folder, kv=kv, kv_budget=0.2))
+    assert engine.kv == Retrieval(kv, 0.2)
+    assert len(tokens(engine, Request("a", (5,) * 40, SamplingParams(max_tokens=3, ignore_eos=True)))[0]) == 3
+
+
+def test_retrieval_that_cannot_run_is_refused(tmp_path: Path) -> None:
+    capped = tiny.checkpoint("gemma2", tmp_path)
+    with pytest.raises(InvalidRequest, match="caps scores"):
+        build_engine(config(capped, kv="pq"))
+    assert build_engine(config(capped, kv="auto")).kv is None

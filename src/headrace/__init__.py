@@ -12,16 +12,18 @@ from headrace.version import __version__
 if TYPE_CHECKING:
     from headrace.core.request import SLO, Request, SamplingParams, Structure
     from headrace.llm import LLM
+    from headrace.sparse import PQCache
 
 _LAZY = {
     "LLM": "headrace.llm",
+    "PQCache": "headrace.sparse",
     "SLO": "headrace.core.request",
     "Request": "headrace.core.request",
     "SamplingParams": "headrace.core.request",
     "Structure": "headrace.core.request",
 }
 
-__all__ = ["LLM", "SLO", "Request", "SamplingParams", "Structure", "__version__"]
+__all__ = ["LLM", "SLO", "PQCache", "Request", "SamplingParams", "Structure", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -81,7 +81,7 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
 
     before = None if ranks else _before_quantising(model, config)
     retriever = None
-    if ranks and config.kv != "full":
+    if ranks and config.kv == "pq":
         raise InvalidRequest("kv is read whole by several ranks: leave --kv out, or --tp", field="kv")
     choose_linears(model, config.linears, config.quantize)
     context = longest_context(config, model.card)
@@ -157,7 +157,7 @@ def _retriever(model: LoadedModel, pool: SlotPool, config: EngineConfig) -> Slot
     """What reads a share of long contexts; None where it cannot run.
 
     Raises:
-        InvalidRequest: it cannot run, and the configuration asks for it.
+        InvalidRequest: it cannot run, and the configuration insists on it.
     """
     import torch
 
@@ -180,8 +180,9 @@ def _retriever(model: LoadedModel, pool: SlotPool, config: EngineConfig) -> Slot
         problem = "it needs a C++ compiler, and K and V in float32, bfloat16 or int8"
     if not problem:
         return SlotRetriever(pool, depth, heads, size, settings)
-    if config.kv != "full":
-        raise InvalidRequest(f"kv is {config.kv!r}, which cannot run here ({problem}): leave it out", field="kv")
+    if config.kv == "pq":
+        raise InvalidRequest(f"kv is 'pq', which cannot run here ({problem}): leave it out, or give auto", field="kv")
+    log.info("contexts are always read whole: %s", problem)
     return None
 
 

@@ -10,6 +10,7 @@ from tests.server.conftest import Serve, eventually
 from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.request import SLO, Structure
+from headrace.core.retrieval import Retrieval
 from headrace.server.replies import ChatReply
 
 HELLO = [{"role": "user", "content": "héllo"}]
@@ -96,6 +97,7 @@ def test_parameters_reach_the_engine(serve: Serve) -> None:
             "priority": -4,
             "cache_salt": "s",
             "slo": {"ttft_ms": 250},
+            "kv": {"mode": "pq", "budget": 0.25},
         },
     )
     request = service.seen[0]
@@ -112,6 +114,7 @@ def test_parameters_reach_the_engine(serve: Serve) -> None:
     assert params.structure == Structure("json_schema", '{"type": "object"}')
     assert (request.priority, request.tier, request.cache_salt, request.owner) == (-4, "fast", "s", "ann")
     assert request.slo == SLO(ttft_ms=250, tpot_ms=20)  # the body's target, and the tier's where the body has none
+    assert request.kv == Retrieval("pq", 0.25)
     assert request.arrival > 0
 
 

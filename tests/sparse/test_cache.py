@@ -44,7 +44,7 @@ def _logits(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> tuple[
 def test_a_full_budget_gives_dense_logits(kv_heads: int, initial: int, local: float) -> None:
     model, ids = _model(kv_heads), _ids(2)
     tokens, expected = _logits(model, ids, DynamicCache(config=model.config))
-    cache = PQCache(enable(model).config, budget=1.0, initial=initial, local_share=local, codes="2x4")
+    cache = PQCache(enable(model).config, budget=1.0, initial=initial, local_share=local, crossover=0, codes="2x4")
     found_tokens, found = _logits(model, ids, cache)
     assert torch.equal(found_tokens, tokens)
     assert (found - expected).abs().max() < 1e-5
@@ -58,7 +58,7 @@ def test_a_retrieval_of_everything_gives_dense_logits(
     """Unlike a full budget, this goes through the index, with a local window that hands tokens over."""
     model, ids = _model(), _ids(2)
     _, expected = _logits(model, ids, DynamicCache(config=model.config))
-    cache = PQCache(enable(model).config, budget=0.2, initial=4, codes=codes, residual=residual)
+    cache = PQCache(enable(model).config, budget=0.2, initial=4, crossover=0, codes=codes, residual=residual)
     _everything(monkeypatch)
     _, found = _logits(model, ids, cache)
     assert all(layer.index is not None for layer in cache.layers)
@@ -84,7 +84,7 @@ def test_left_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ids[0, :37] = 0
     _, expected = _logits(model, ids, DynamicCache(config=model.config), attention_mask=mask)
     _everything(monkeypatch)
-    cache = PQCache(enable(model).config, budget=0.2, initial=4, codes="2x3", residual=True)
+    cache = PQCache(enable(model).config, budget=0.2, initial=4, crossover=0, codes="2x3", residual=True)
     _, found = _logits(model, ids, cache, attention_mask=mask)
     assert (found - expected).abs().max() < 1e-5
 
@@ -97,7 +97,7 @@ def test_padding_is_neither_clustered_nor_selected() -> None:
     answers = []
     for filler in (0, 77):
         ids[0, :37] = filler
-        cache = PQCache(model.config, budget=0.1, initial=4, codes="2x3")
+        cache = PQCache(model.config, budget=0.1, initial=4, crossover=0, codes="2x3")
         answers.append(_logits(model, ids, cache, attention_mask=mask)[1])
     assert torch.equal(*answers)
 
@@ -106,7 +106,7 @@ def test_a_small_budget_is_not_dense() -> None:
     """Negative control of the tests above: with few tokens read the logits do differ."""
     model, ids = _model(), _ids(2)
     _, expected = _logits(model, ids, DynamicCache(config=model.config))
-    _, found = _logits(enable(model), ids, PQCache(model.config, budget=0.05, initial=1, codes="2x3"))
+    _, found = _logits(enable(model), ids, PQCache(model.config, budget=0.05, initial=1, crossover=0, codes="2x3"))
     assert (found - expected).abs().max() > 1e-3
 
 
@@ -129,9 +129,9 @@ def test_further_turns_and_drafts_equal_dense(monkeypatch: pytest.MonkeyPatch) -
     dense = DynamicCache(config=model.config)
     expected = _turns(model, ids, dense)
     _everything(monkeypatch)
-    found = _turns(enable(model), ids, PQCache(model.config, budget=0.2, initial=4, codes="2x3"))
+    found = _turns(enable(model), ids, PQCache(model.config, budget=0.2, initial=4, crossover=0, codes="2x3"))
     assert torch.equal(found, expected)
-    cache = PQCache(model.config, budget=0.2, initial=4, codes="2x3")
+    cache = PQCache(model.config, budget=0.2, initial=4, crossover=0, codes="2x3")
     plain = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     drafted = model.generate(
         ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=3, past_key_values=cache
@@ -150,7 +150,7 @@ def test_beams_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0, "num_beams": 3, "do_sample": False}
     expected = model.generate(ids, **options)
     _everything(monkeypatch)
-    cache = PQCache(model.config, budget=0.2, initial=4, codes="2x3")
+    cache = PQCache(model.config, budget=0.2, initial=4, crossover=0, codes="2x3")
     assert torch.equal(enable(model).generate(ids, past_key_values=cache, **options), expected)
 
 
@@ -162,7 +162,7 @@ def test_sliding_layers_keep_their_own_cache() -> None:
     )  # fmt: skip
     model, ids = Gemma3ForCausalLM(config).eval(), _ids(1, 80)
     expected = _logits(model, ids, DynamicCache(config=config))[1]
-    cache = PQCache(enable(model).config, budget=1.0, codes="2x3")
+    cache = PQCache(enable(model).config, budget=1.0, crossover=0, codes="2x3")
     assert [isinstance(layer, PQLayer) for layer in cache.layers] == [False, True, False]
     assert (_logits(model, ids, cache)[1] - expected).abs().max() < 1e-5
 
@@ -175,3 +175,15 @@ def test_bad_options_name_themselves(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         PQCache(_model().config, **options)
     assert caught.value.field in options
+
+
+def test_a_request_larger_than_the_device_completes() -> None:
+    """K and V of the whole request exceed the device's share; the logits are those of a cache without a bound."""
+    model, ids = enable(_model()), _ids(2)
+    unbounded = PQCache(model.config, budget=0.2, initial=4, crossover=0, codes="2x3")
+    _, expected = _logits(model, ids, unbounded)
+    allowed = unbounded.device_bytes // 2
+    cache = PQCache(model.config, budget=0.2, initial=4, crossover=0, codes="2x3", device_gib=allowed / (1 << 30))
+    _, found = _logits(model, ids, cache)
+    assert cache.device_bytes <= allowed
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from headrace.sparse.layer import PQLayer, PQSettings
 from headrace.sparse.native import NativeIndex
 from headrace.sparse.regions import Regions
 
-SETTINGS = PQSettings(Regions(0.2, initial=4), Codes(2, 3))
+SETTINGS = PQSettings(Regions(0.2, initial=4), Codes(2, 3), crossover=0)
 B, H, G, D = 2, 2, 3, 8
 
 
@@ -119,7 +119,7 @@ def test_rollback_leaves_no_trace(drafts: list[int]) -> None:
 
 
 def test_rollback_below_the_middle() -> None:
-    layer, keys, values = _prompted(200, PQSettings(Regions(0.2, initial=4), Codes(2, 3), residual=True))
+    layer, keys, values = _prompted(200, PQSettings(Regions(0.2, initial=4), Codes(2, 3), residual=True, crossover=0))
     for _ in range(50):
         _step(layer, keys, values)
     layer.crop(-60)
@@ -137,7 +137,9 @@ def test_a_long_answer_refreshes_the_codebook() -> None:
     """Keys that drift away: a codebook fitted on the prompt fits them ever worse, a refreshed one does not."""
     losses = {}
     for refresh in (None, 0.5):
-        layer, keys, values = _prompted(200, PQSettings(Regions(0.2, initial=4), Codes(2, 3), refresh=refresh))
+        layer, keys, values = _prompted(
+            200, PQSettings(Regions(0.2, initial=4), Codes(2, 3), refresh=refresh, crossover=0)
+        )
         keys[:, :, 200:] += 6.0
         for _ in range(390):
             _step(layer, keys, values)
@@ -159,7 +161,9 @@ def _dense(layer: PQLayer, keys: torch.Tensor, values: torch.Tensor, seed: int) 
 def test_the_estimated_rest_mends_diffuse_attention() -> None:
     errors = {}
     for residual in (False, True):
-        layer, keys, values = _prompted(400, PQSettings(Regions(0.1, initial=4), Codes(2, 4), residual=residual))
+        layer, keys, values = _prompted(
+            400, PQSettings(Regions(0.1, initial=4), Codes(2, 4), residual=residual, crossover=0)
+        )
         found = _step(layer, keys, values)
         errors[residual] = float((found - _dense(layer, keys, values, 7 + 400)).norm())
     assert errors[True] < 0.7 * errors[False]
@@ -170,3 +174,25 @@ def test_short_contexts_stay_dense() -> None:
     found = _step(layer, keys, values)
     assert layer.index is None
     torch.testing.assert_close(found, _dense(layer, keys, values, 7 + 200), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_beyond_the_device_are_fetched(compiled: bool, residual: bool) -> None:
+    """The same answers from host memory, while the device holds the sketch alone and a step fetches what it reads."""
+    bound = 2 * B * H * D * 4 * 220  # the prompt fits, its answer does not
+    plain = replace(SETTINGS, compiled=compiled, residual=residual)
+    layer, keys, values = _prompted(210, plain)
+    bounded, _, _ = _prompted(210, replace(plain, device_bytes=bound))
+    assert not bounded.hosted
+    for _ in range(40):
+        torch.testing.assert_close(_step(bounded, keys, values), _step(layer, keys, values), atol=1e-6, rtol=1e-5)
+    assert bounded.hosted
+    assert bounded.device_bytes <= bound < layer.device_bytes
+    if not compiled:
+        assert bounded.fetched == 2 * B * H * D * 4 * (bounded.window.attended)
+    bounded.crop(-30)
+    layer.crop(-30)
+    several = [part.update(keys[:, :, 300:303], values[:, :, 300:303]) for part in (bounded, layer)]
+    assert torch.equal(several[0][0], several[1][0])
+    torch.testing.assert_close(_step(bounded, keys, values), _step(layer, keys, values), atol=1e-6, rtol=1e-5)

@@ -210,6 +210,7 @@ def test_an_engine_without_an_index_refuses() -> None:
     engine, _, _ = _engine(kv=None)
     with pytest.raises(InvalidRequest, match="kv"):
         engine.add(Request("one", _prompt(20), SamplingParams(max_tokens=2), kv=PQ))
+    assert len(_answer(engine, "two", _prompt(20), new=2, kv=Retrieval("auto"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from headrace.cli import serve_bench
 from headrace.cli.adaserve import adaserve
 from headrace.cli.make_model import make_model
 from headrace.cli.peers import peers
+from headrace.cli.pqcache import pqcache
 from headrace.cli.simulate import simulate
 
 bench = typer.Typer(
@@ -20,6 +21,7 @@ bench = typer.Typer(
 
 bench.command()(simulate)
 bench.command()(adaserve)
+bench.command()(pqcache)
 bench.command("make-model")(make_model)
 bench.command()(serve_bench.serve)
 bench.command()(serve_bench.soak)
@@ -111,6 +113,7 @@ def quality(
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
     from headrace.bench import adaserve, engine, gpu, make_model, quality, serve, simulate, soak
+    from headrace.bench.pqcache import claims as pqcache
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
 
@@ -122,6 +125,7 @@ def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
             "gpu": gpu.claims,
             "simulate": simulate.claims,
             "make-model": make_model.claims,
+            "pqcache": pqcache.claims,
             "quality": quality.claims,
             "serve": serve.claims,
             "soak": soak.claims,

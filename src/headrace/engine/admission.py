@@ -60,15 +60,17 @@ def with_retrieval(request: Request, default: Retrieval | None) -> Request:
     """``request`` with its way to read the context settled; None where it reads all of it always.
 
     Raises:
-        InvalidRequest: it wants to retrieve, and ``default`` is None: the engine cannot.
+        InvalidRequest: it insists on retrieval, and ``default`` is None: the engine cannot.
     """
     wish = request.kv or default
     if wish is not None and wish.mode == "full":
         wish = None
-    if wish is not None and default is None:
+    if default is None and wish is not None:
+        if wish.mode == "auto":
+            return replace(request, kv=None)
         raise InvalidRequest(
             "this model reads its whole context here (retrieval needs a CPU with a C++ compiler, plain full attention and one rank): "
-            "leave kv out, or give kv.mode full",
+            "leave kv out, or give kv.mode auto",
             field="kv.mode",
         )
     return replace(request, kv=wish)

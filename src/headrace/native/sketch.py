@@ -10,6 +10,7 @@ import functools
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
+from torch import Tensor
 
 from headrace.native import build
 
@@ -52,6 +53,18 @@ class Query(ctypes.Structure):
     )
 
 
+class Iteration(ctypes.Structure):
+    """One iteration of clustering."""
+
+    _fields_ = (
+        ("runs", c_void_p),
+        *((name, c_int64) for name in ("row_stride", "run_stride", "key_stride")),
+        *((name, c_void_p) for name in ("weights", "centroids")),
+        *((name, c_int64) for name in ("rows", "subspaces", "keys", "count", "run")),
+        *((name, c_void_p) for name in ("codes", "best", "sums", "counts")),
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = build.load()
@@ -61,14 +74,17 @@ def _library() -> ctypes.CDLL:
         ("sketch_sort", (c_void_p, c_int64, c_int64, c_int)),
         ("sketch_search", (c_void_p, c_int)),
         ("sketch_attend", (c_void_p, c_int64, c_int)),
+        ("sketch_iterate", (c_void_p, c_int)),
     ):
         function = getattr(library, f"headrace_{name}")
         function.restype, function.argtypes = None, list(arguments)
-    found = (c_int64 * 3)()
-    library.headrace_sketch_sizes(found)
-    expected = [ctypes.sizeof(struct) for struct in (Context, Sketch, Query)]
-    if list(found) != expected:
-        raise RuntimeError(f"sketch.cpp's structs are {list(found)} bytes long, and sketch.py's {expected}")
+    sizes = (c_int64 * 3)()
+    library.headrace_sketch_sizes(sizes)
+    library.headrace_sketch_iteration_size.restype = c_int64
+    found = [*sizes, library.headrace_sketch_iteration_size()]
+    expected = [ctypes.sizeof(struct) for struct in (Context, Sketch, Query, Iteration)]
+    if found != expected:
+        raise RuntimeError(f"sketch.cpp's structs are {found} bytes long, and sketch.py's {expected}")
     return library
 
 
@@ -92,3 +108,28 @@ def search(query: Query) -> None:
 def attend(queries: ctypes.Array[Query]) -> None:
     """Code, search and attend for all ``queries``, on ``torch.get_num_threads()`` threads of torch's own pool, without the GIL."""
     _library().headrace_sketch_attend(ctypes.addressof(queries), len(queries), torch.get_num_threads())
+
+
+def iterate(runs: Tensor, weights: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Assign every key to its nearest centroid, and sum up the keys of each.
+
+    Args:
+        runs: float32[R, m, s, D / m], of any strides but the last.
+        weights: float32[R, s], what a key counts.
+        centroids: float32[R, m, C, D / m].
+
+    Returns:
+        int64[R, m, s] codes, float32[R, m, s] values of ``x z - |z|^2 / 2``, weighted sums as ``centroids``, and counts
+        float32[R, m, C].
+    """
+    weights, centroids = weights.contiguous(), centroids.contiguous()
+    rows, subspaces, keys, run = runs.shape
+    codes, best = torch.empty(rows, subspaces, keys, dtype=torch.int64), torch.empty(rows, subspaces, keys)
+    sums, counts = torch.zeros_like(centroids), torch.zeros(centroids.shape[:3])
+    iteration = Iteration(
+        runs.data_ptr(), runs.stride(0), runs.stride(1), runs.stride(2), weights.data_ptr(), centroids.data_ptr(),
+        rows, subspaces, keys, centroids.shape[2], run,
+        codes.data_ptr(), best.data_ptr(), sums.data_ptr(), counts.data_ptr(),
+    )  # fmt: skip
+    _library().headrace_sketch_iterate(ctypes.addressof(iteration), torch.get_num_threads())
+    return codes, best, sums, counts

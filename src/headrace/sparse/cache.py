@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headrace.core.errors import InvalidRequest, UnsupportedModel
+from headrace.core.retrieval import CROSSOVER
 from headrace.sparse.codebook import Codes
 from headrace.sparse.layer import PQLayer, PQSettings
 from headrace.sparse.regions import Regions
@@ -47,7 +48,8 @@ class PQCache(Cache):
         budget: share of the context that a step attends to, in (0, 1].
         codes: size of the sketch, as in "2x6" (sub-spaces x bits).
         initial, local_share, growing: see :class:`Regions`.
-        iterations, refresh, residual, crossover, seed: see :class:`PQSettings`.
+        iterations, refresh, residual, crossover, enough, stretch, seed: see :class:`PQSettings`.
+        device_gib: what K and V of all layers may take on the model's device; the rest of a longer request lives in host memory.
 
     Raises:
         InvalidRequest: for an option out of range.
@@ -64,11 +66,15 @@ class PQCache(Cache):
         local_share: float = 0.5,
         growing: bool = True,
         iterations: int = 8,
-        refresh: float | None = 1.0,
+        refresh: float | None = 0.25,
         residual: bool = False,
-        crossover: int = 0,
+        crossover: int = CROSSOVER,
+        enough: float | None = None,
+        stretch: float = 2.0,
+        device_gib: float | None = None,
         seed: int = 0,
     ) -> None:
+        config = config.get_text_config(decoder=True)
         self.settings = PQSettings(
             Regions(budget, initial, local_share, growing),
             Codes.parse(codes),
@@ -77,11 +83,18 @@ class PQCache(Cache):
             residual,
             crossover,
             seed,
+            enough=enough,
+            stretch=stretch,
+            device_bytes=None if device_gib is None else int(device_gib * (1 << 30) / config.num_hidden_layers),
         )
-        config = config.get_text_config(decoder=True)
         _check_divides(config, self.settings.codes)
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         super().__init__(layers=[self._layer(kind, config) for kind in types])
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that searched layers hold on the model's device between steps: sketches, and K and V as far as they live there."""
+        return sum(layer.device_bytes for layer in self.layers if isinstance(layer, PQLayer))
 
     def _layer(self, kind: str, config: Any) -> Any:
         if kind == "full_attention":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.core.errors import InvalidRequest
+from headrace.native import build, sketch
 
 BLOCK = 1 << 22
 """Distances held at once while codes are assigned."""
@@ -166,20 +167,14 @@ def _draw(runs: Tensor, weights: Tensor, centroids: int, seed: int) -> Tensor:
 
 def _step(runs: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
     """One iteration of Lloyd: every centroid becomes the mean of its keys; one without keys goes where a key is worst off."""
-    half = centroids.square().sum(-1) / 2
-    scores = [
-        (runs[:, :, p] @ centroids.transpose(2, 3) - half[:, :, None]).max(-1) for p in _blocks(*_size(runs, centroids))
-    ]
-    codes = torch.cat([found.indices for found in scores], 2)
-    sums, counts = torch.zeros_like(centroids), torch.zeros(centroids.shape[:3], device=runs.device)
-    weight = weights[:, None].expand(codes.shape)
-    counts.scatter_add_(2, codes, weight)
-    sums.scatter_add_(2, codes[..., None].expand_as(runs), runs * weight[..., None])
+    weight = weights[:, None].expand(runs.shape[:3])
+    native = runs.device.type == "cpu" and runs.stride(3) == 1 and build.available()
+    _, best, sums, counts = (sketch.iterate if native else iterate)(runs, weights, centroids)
     means = sums / counts.clamp(min=1.0)[..., None]
     empty = counts == 0
     if not bool(empty.any()):
         return means
-    distance = runs.square().sum(-1) - 2 * torch.cat([found.values for found in scores], 2)
+    distance = runs.square().sum(-1) - 2 * best
     distance = torch.where(weight > 0, distance, -torch.inf)
     farthest = distance.topk(min(centroids.shape[2], runs.shape[2]), -1).indices
     # The i-th empty centroid of a sub-space takes the i-th farthest key.
@@ -188,6 +183,20 @@ def _step(runs: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
     usable = empty & (distance.gather(2, index) > 0)
     moved = runs.gather(2, index[..., None].expand_as(centroids))
     return torch.where(usable[..., None], moved, torch.where(empty[..., None], centroids, means))
+
+
+def iterate(runs: Tensor, weights: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`headrace.native.sketch.iterate`, on any device."""
+    half = centroids.square().sum(-1) / 2
+    scores = [
+        (runs[:, :, p] @ centroids.transpose(2, 3) - half[:, :, None]).max(-1) for p in _blocks(*_size(runs, centroids))
+    ]
+    codes, best = (torch.cat([getattr(found, name) for found in scores], 2) for name in ("indices", "values"))
+    sums, counts = torch.zeros_like(centroids), torch.zeros(centroids.shape[:3], device=runs.device)
+    weight = weights[:, None].expand(codes.shape)
+    counts.scatter_add_(2, codes, weight)
+    sums.scatter_add_(2, codes[..., None].expand_as(runs), runs * weight[..., None])
+    return codes, best, sums, counts
 
 
 def _size(runs: Tensor, centroids: Tensor) -> tuple[int, int]:

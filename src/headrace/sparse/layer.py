@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
 from headrace.core.errors import InvalidRequest
+from headrace.core.retrieval import CROSSOVER
 from headrace.sparse.attend import add_rest, attend_rows
 from headrace.sparse.codebook import Codes
 from headrace.sparse.gather import Gathered
@@ -32,10 +34,12 @@ class PQSettings:
             centroids fitted on its prompt; None never does, as in the paper.
         residual: mend the output with the estimated weight of what was not read.
         enough: stop retrieving for a head once this share of the middle's estimated attention is covered, and retrieve up to
-            ``stretch`` times the budget for one where it is not; None retrieves the same number always, as in the paper. Only the native
-            kernels do; elsewhere heads retrieve the same number.
+            ``stretch`` times the budget for one where it is not; None retrieves the same number always, as in the paper. Only the
+            native kernels do; elsewhere heads retrieve the same number.
         stretch: see ``enough``.
-        crossover: contexts shorter than this are attended to whole.
+        device_bytes: what K and V of the layer may take on the model's device. Beyond, they live in host memory, and a decode step
+            fetches the rows that it reads; the sketch stays on the device. None for no bound. On a CPU both are the same memory.
+        crossover: contexts shorter than this are attended to whole; by default those in which that was measured to be as fast.
         seed: of the draw that a fit starts from.
         compiled: search and attend by compiled kernels where there are some; else by the torch reference.
     """
@@ -43,13 +47,14 @@ class PQSettings:
     regions: Regions = field(default_factory=Regions)
     codes: Codes = field(default_factory=Codes)
     iterations: int = 8
-    refresh: float | None = 1.0
+    refresh: float | None = 0.25
     residual: bool = False
-    crossover: int = 0
+    crossover: int = CROSSOVER
     seed: int = 0
     compiled: bool = True
     enough: float | None = None
     stretch: float = 2.0
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.enough is not None and not 0.0 < self.enough < 1.0:
@@ -85,6 +90,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = False
         self.length = 0
         self.prompt = 0
+        self.hosted = False
+        self.fetched = 0  # bytes that the last step copied from host memory
         self.index: PQIndex | None = None
         self._fitted = 0
         self._sum: Tensor | None = None  # of the first `_summed` values of the middle, float32[R, D]
@@ -98,14 +105,38 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new rows [B, H, n, D]; gives back all of them, as views."""
+        """Store new rows [B, H, n, D]; gives back all of them, as views, or, from host memory, copies for several new ones and a single
+        new one alone: :meth:`attend` reads the rest where it is.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         added = key_states.shape[2]
+        self._settle(self.length + added)
         self.keys = _put(self.keys, self.length, key_states)
         self.values = _put(self.values, self.length, value_states)
         self.length += added
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        if self.hosted and added == 1:
+            return key_states, value_states
+        keys, values = (part[:, :, : self.length].to(self.device) for part in (self.keys, self.values))
+        return keys, values
+
+    def _settle(self, length: int) -> None:
+        """Move the rows to host memory when ``length`` of them would exceed what they may take on the device."""
+        bound = self.settings.device_bytes
+        batch, heads, _, size = self.keys.shape
+        if bound is not None and not self.hosted and 2 * batch * heads * length * size * self.dtype.itemsize > bound:
+            self.hosted = True
+            self.keys, self.values = self.keys.cpu(), self.values.cpu()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the model's device between steps: the sketch, and K and V where they live there."""
+        rows = (
+            0
+            if self.hosted or not self.is_initialized
+            else 2 * self.keys[:, :, : self.length].numel() * self.dtype.itemsize
+        )
+        return rows + (0 if self.index is None else self.index.nbytes)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -147,7 +178,8 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         chosen = chosen.to(self.device)
         heads = self.keys.shape[1]
-        self.keys, self.values = self.keys.index_select(0, chosen), self.values.index_select(0, chosen)
+        own = chosen.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, own), self.values.index_select(0, own)
         rows = (chosen[:, None] * heads + torch.arange(heads, device=self.device)).flatten()
         if self.index is not None:
             self.index.select_rows(rows)
@@ -181,9 +213,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.length < self.settings.crossover or last - first <= max(
             window.retrieved, self.settings.codes.centroids
         ):
-            index = torch.arange(self.length, device=query.device).expand(rows, -1)
-            valid = None if skip is None else index >= skip[:, None]
-            output, _ = attend_rows(queries, keys, values, index, valid, scale)
+            output = self._whole(queries, keys, values, skip, scale)
         else:
             self._catch_up(keys, first, last, skip)
             if isinstance(self.index, NativeIndex) and self._searcher is not None:
@@ -191,6 +221,15 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             else:
                 output = self._retrieve(queries, keys, values, window, skip, scale)
         return output.to(query.dtype).view(batch, query_heads, 1, size)
+
+    def _whole(self, queries: Tensor, keys: Tensor, values: Tensor, skip: Tensor | None, scale: float) -> Tensor:
+        """Attention to everything; the queries of a group are rows of one product, so that K and V are read once."""
+        mask = None
+        keys, values = keys.to(queries.device), values.to(queries.device)
+        if skip is not None:
+            mask = (torch.arange(self.length, device=keys.device) >= skip[:, None])[None, :, None]
+        asked = queries.to(keys.dtype)[None]
+        return scaled_dot_product_attention(asked, keys[None], values[None], mask, scale=scale)[0]
 
     def _wanted(self, window: Window) -> int:
         """Tokens to retrieve."""
@@ -248,10 +287,12 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
             self.index = self._new_index()
             # A row that is padding almost throughout still needs a key to fit on; selection leaves it out all the same.
             native = isinstance(self.index, NativeIndex)
-            self.index.build(keys[:, first:last], skip if skip is None or native else skip.clamp(max=count - 1))
+            self.index.build(
+                keys[:, first:last].to(self.device), skip if skip is None or native else skip.clamp(max=count - 1)
+            )
             self._fitted = count
         elif count > self.index.length and not isinstance(self.index, NativeIndex):
-            self.index.append(keys[:, first + self.index.length : last])
+            self.index.append(keys[:, first + self.index.length : last].to(self.device))
 
     def _new_index(self) -> PQIndex:
         settings = self.settings
@@ -266,14 +307,24 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         first, last = window.middle(self.length)
         found = self.index.select(queries, window.retrieved, scale)
         index, valid = self._rows(found + first, first, last, skip)
+        middle = values[:, first:last]
+        if self.hosted:
+            keys, values, index = self._fetch(keys, values, index)
         if self.settings.residual:
             output, total = attend_rows(queries, keys, values, index, valid, scale)
             scores = self.index.scores(queries, scale)
             left = scores.scatter(2, found[:, None].expand(-1, scores.shape[1], -1), -torch.inf)
-            return add_rest(output, total, left.logsumexp(-1), self._mean_value(values[:, first:last], skip))
-        if self._gathered is not None and Gathered.takes(self.keys):
+            return add_rest(output, total, left.logsumexp(-1), self._mean_value(middle, skip))
+        if self._gathered is not None and not self.hosted and Gathered.takes(self.keys):
             return self._gathered.attend(queries, self.keys, self.values, index, valid, scale)
         return attend_rows(queries, keys, values, index, valid, scale)[0]
+
+    def _fetch(self, keys: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows [R, k] of K and V from host memory, and their places there."""
+        wide = index.to(keys.device)[..., None].expand(-1, -1, keys.shape[-1])
+        near = [part.gather(1, wide).to(self.device) for part in (keys, values)]
+        self.fetched = sum(part.nbytes for part in near)
+        return near[0], near[1], torch.arange(index.shape[1], device=self.device).expand(len(index), -1)
 
     def _rows(self, found: Tensor, first: int, last: int, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rows to attend to, [R, k], the newest token last, and which of them count: initial, retrieved, local."""
@@ -291,13 +342,13 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
         """Mean of the middle's values [R, n, D] without padding, from a running sum: float32[R, D]."""
         count = middle.shape[1]
         if self._sum is None or self._summed > count:
-            self._sum, self._summed = torch.zeros(len(middle), middle.shape[2], device=middle.device), 0
-        fresh = middle[:, self._summed :].float()
+            self._sum, self._summed = torch.zeros(len(middle), middle.shape[2], device=self.device), 0
+        fresh = middle[:, self._summed :].to(self.device).float()
         if skip is None:
             self._sum += fresh.sum(1)
-            real = torch.full((len(middle), 1), float(count), device=middle.device)
+            real = torch.full((len(middle), 1), float(count), device=self.device)
         else:
-            places = torch.arange(self._summed, count, device=middle.device)
+            places = torch.arange(self._summed, count, device=self.device)
             self._sum += torch.einsum("rn,rnd->rd", (places[None] >= skip[:, None]).float(), fresh)
             real = (count - skip).clamp(min=1)[:, None].float()
         self._summed = count
@@ -305,10 +356,15 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _put(store: Tensor, at: int, rows: Tensor) -> Tensor:
-    """``store`` [B, H, capacity, D] with ``rows`` [B, H, n, D] at ``at``, grown by half where it is too short."""
+    """``store`` [B, H, capacity, D] with ``rows`` [B, H, n, D] at ``at``, grown by half where it is too short.
+
+    On a CPU a prompt gets that room at once: memory that nobody writes to costs nothing there, and copying a long prompt's rows for its
+    first token does.
+    """
     need = at + rows.shape[2]
     if store.shape[2] < need:
-        grown = rows.new_empty(*rows.shape[:2], max(need, at + at // 2), rows.shape[3])
+        spare = need if store.device.type == "cpu" else at
+        grown = store.new_empty(*rows.shape[:2], max(need, spare + spare // 2), rows.shape[3])
         grown[:, :, :at] = store[:, :, :at]
         store = grown
     store[:, :, at:need] = rows

@@ -29,17 +29,18 @@ WRITE_EVERY = 64
 
 @dataclass(frozen=True, slots=True)
 class ServingSettings:
-    """How sequences are searched; ``refresh`` as in :class:`headrace.sparse.layer.PQSettings`."""
+    """How sequences are searched; ``refresh`` and ``residual`` as in :class:`headrace.sparse.layer.PQSettings`."""
 
     codes: Codes = field(default_factory=Codes)
     iterations: int = 4
     initial: int = 32
-    refresh: float | None = 1.0
+    refresh: float | None = 0.25
+    residual: bool = True
 
 
 @dataclass(slots=True)
 class _Held:
-    """A sequence's sketches, one a layer, and those that a refresh has made so far."""
+    """A sequence's sketches, one a layer, and those that a refresh has made so far; with residual correction, sums of values."""
 
     regions: Regions
     prompt: int
@@ -47,6 +48,7 @@ class _Held:
     sketches: list[Sketch]
     written: int = 0
     fresh: list[Sketch] = field(default_factory=list)
+    sums: list[Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -118,6 +120,7 @@ class SlotRetriever:
                 Question(
                     taken.held.sketches[layer], rows, asked, len(taken.slots), initial, taken.local, taken.most,
                     taken.most, scale, own=taken.own, mask=taken.mask,
+                    value_sum=None if taken.held.sums is None else taken.held.sums[layer],
                 )
             )  # fmt: skip
         self._searcher.attend(questions, results)
@@ -177,6 +180,8 @@ class SlotRetriever:
                 sketch.code(self._rows_of(planes, layer, slots), settings.initial, items)
             sketches.append(sketch)
         held = _Held(regions, len(slots), edition, sketches, known)
+        if settings.residual:
+            held.sums = [self._sum(layer, inner, planes) for layer in range(self._depth)]
         self._keep(held, slots)
         return held
 
@@ -193,6 +198,14 @@ class SlotRetriever:
             keys *= planes.scales[layer][0][chosen][..., None]
         return Book(fit(keys.transpose(0, 1), settings.codes, iterations=settings.iterations))
 
+    def _sum(self, layer: int, slots: Ints, planes: Planes) -> Tensor:
+        """Sum of the values in ``slots``: float32[Hkv, D]."""
+        at = torch.from_numpy(slots).long()
+        values = planes.values[layer][at].float()
+        if planes.scales is not None:
+            values *= planes.scales[layer][1][at][..., None]
+        return values.sum(0)
+
     def _outgrown(self, edition: Edition, items: int) -> bool:
         refresh = self.settings.refresh
         return refresh is not None and items > edition.fitted * (1.0 + refresh)
@@ -206,6 +219,10 @@ class SlotRetriever:
         sketch.code(self._rows_of(planes, layer, slots), self.settings.initial, items)
         held.fresh.append(sketch)
         if len(held.fresh) == self._depth:
+            for layer, (new, old) in enumerate(zip(held.fresh, held.sketches, strict=True)):
+                if new.length < old.length:  # both stand where the sums of values do
+                    new.code(self._rows_of(planes, layer, slots), self.settings.initial, old.length)
+                new.truncate(old.length)
             held.edition = self.shelf.publish([sketch.book for sketch in held.fresh], items)
             held.sketches, held.fresh, held.written = held.fresh, [], 0
 

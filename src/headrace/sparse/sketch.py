@@ -20,6 +20,9 @@ TAIL = 256
 
 LANES = 16
 
+GROWTH = 32
+"""A sketch that is full grows by one part in so many: copying is cheap, and memory is what a sketch shall save."""
+
 
 def usable(codes: Codes, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the native kernels take such codes, of keys of such a dtype, here."""
@@ -123,6 +126,12 @@ class Sketch:
         return self.heads * self.length * (2 + 4) + self._lists.nbytes
 
     @property
+    def allocated(self) -> int:
+        """Bytes held, room to grow among them; the book's not."""
+        lists = self._lists.nbytes if self.joint else 0
+        return self._codes.nbytes + self._cells.nbytes + self._order.nbytes + lists
+
+    @property
     def table(self) -> Tensor:
         """The codes uint8[H, m, length]."""
         return self.part(0, self.length)
@@ -185,7 +194,7 @@ class Sketch:
         """Make room."""
         if items <= self._capacity:
             return
-        self._capacity = max(items, self._capacity + self._capacity // 2, 64)
+        self._capacity = max(items, self._capacity + self._capacity // GROWTH, 64)
         held, runs = self.length, self.codes.subspaces
         if self.joint:
             cells = torch.empty(self.heads, self._capacity, dtype=torch.uint16)
@@ -280,7 +289,7 @@ class Searcher:
         native.search(structs[0])
         heads, most = question.sketch.heads, question.initial + question.most + question.length - question.local
         room = self._chosen[: heads * most].view(heads, most)
-        return [row[:count] for row, count in zip(room, self._found.tolist(), strict=True)]
+        return [row[:count] for row, count in zip(room, self._found[:heads].tolist(), strict=True)]
 
     def _structs(self, questions: Sequence[Question]) -> ctypes.Array[native.Query]:
         rooms = [q.initial + q.most + q.length - q.local for q in questions]

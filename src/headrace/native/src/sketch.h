@@ -72,6 +72,9 @@ inline std::int32_t row_of(const Context& context, isize token) {
 // out[width] = the products of x[run] with all centroids of a sub-space.
 void centroid_products(const float* x, const float* centroids, isize run, isize width, float* out);
 
+// The first of the largest x z - |z|^2 / 2, so that |x|^2 need not be known.
+isize nearest(const float* products, const float* half, isize width);
+
 // Codes of items [first, last) of a head into codes or cells; `counted` adds them to the counts.
 void code_items(const Sketch& sketch, const Context& context, isize initial, isize head, isize first, isize last, bool counted);
 // Counting sort of a head's items [skip, length).

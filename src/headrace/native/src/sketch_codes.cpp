@@ -29,24 +29,6 @@ void product_block(const float* x, const float* centroids, isize run, isize widt
   for (int v = 0; v < VECS; ++v) store(out + v * LANES, sums[v]);
 }
 
-// The first of the largest x z - |z|^2 / 2, so that |x|^2 need not be known.
-isize nearest(const float* products, const float* half, isize width) {
-  constexpr isize STEP = 16;
-  float best[STEP];
-  std::int32_t at[STEP];
-  for (isize i = 0; i < STEP; ++i) best[i] = -std::numeric_limits<float>::infinity(), at[i] = 0;
-  for (isize c = 0; c < width; c += STEP)
-    for (isize i = 0; i < STEP; ++i) {
-      const float score = products[c + i] - half[c + i];
-      at[i] = score > best[i] ? static_cast<std::int32_t>(c) : at[i];
-      best[i] = score > best[i] ? score : best[i];
-    }
-  isize found = 0;
-  for (isize i = 1; i < STEP; ++i)
-    if (best[i] > best[found] || (best[i] == best[found] && at[i] + i < at[found] + found)) found = i;
-  return at[found] + found;
-}
-
 }  // namespace
 
 const float* float_row(const Context& context, bool value, std::int32_t row, isize head, float* room) {
@@ -69,6 +51,23 @@ void prefetch_row(const Context& context, bool value, std::int32_t row, isize he
   const isize bytes = BYTES[context.storage], at = row * context.token_stride + head * context.head_stride;
   const char* from = static_cast<const char*>(value ? context.values : context.keys) + at * bytes;
   for (isize line = 0; line < context.size * bytes; line += 64) prefetch<2>(from + line);
+}
+
+isize nearest(const float* products, const float* half, isize width) {
+  constexpr isize STEP = 16;
+  float best[STEP];
+  std::int32_t at[STEP];
+  for (isize i = 0; i < STEP; ++i) best[i] = -std::numeric_limits<float>::infinity(), at[i] = 0;
+  for (isize c = 0; c < width; c += STEP)
+    for (isize i = 0; i < STEP; ++i) {
+      const float score = products[c + i] - half[c + i];
+      at[i] = score > best[i] ? static_cast<std::int32_t>(c) : at[i];
+      best[i] = score > best[i] ? score : best[i];
+    }
+  isize found = 0;
+  for (isize i = 1; i < STEP; ++i)
+    if (best[i] > best[found] || (best[i] == best[found] && at[i] + i < at[found] + found)) found = i;
+  return at[found] + found;
 }
 
 void centroid_products(const float* x, const float* centroids, isize run, isize width, float* out) {

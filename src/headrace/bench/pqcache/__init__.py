@@ -1,0 +1,1 @@
+"""``headrace bench pqcache``: what decode steps over a sketch of the keys cost, and what they lose."""
