@@ -26,6 +26,7 @@ from headrace.core.errors import HeadraceError, InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.bench.closedloop import decode
+    from headrace.core.protocols import Profile
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -130,13 +131,13 @@ def _closed(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str]
     closed = setting.closed or decode.Setting(folder=setting.peers, threads=setting.threads, seed=setting.seed)
     if setting.quick:
         closed = decode.quick(closed)
-    rows.extend(decode.run(closed, report=report))
+    decode.run(closed, rows=rows, report=report)
 
 
 def _open(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> None:
     """The server, its sweep with peers, the recorded workloads, and the simulation of all that."""
     # Before the server starts, which then finds the profile stored and need not measure its own.
-    profile = measured_profile(setting, rows, report) if "simulation" not in setting.skip else None
+    profile = _profile(setting, rows, report) if "simulation" not in setting.skip else None
     report("starting headrace serve")
     pace = QUICK if setting.quick else setting.pace
     with contextlib.ExitStack() as stack:
@@ -160,6 +161,12 @@ def _open(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], 
         _simulate(sweep, machine, shots, rows, report)
         report("simulating a long trace")
         rows.append(simulation_pace(setting.traces, seconds=5.0 if setting.quick else 20.0))
+
+
+def _profile(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> Profile:
+    report("measuring what steps cost")
+    repeats, seconds = (1, 8.0) if setting.quick else (5, 60.0)
+    return measured_profile(setting.model, setting.options(), rows, repeats=repeats, seconds=seconds)
 
 
 def _recorded(sweep: Sweep, ours: HTTPSystem, loads: Sequence[Load], lone: Lone) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from headrace.bench.openloop.served import Served
 from headrace.bench.openloop.sweep import Pace, Sweep
 from headrace.bench.openloop.systems import HTTPSystem
 from headrace.bench.results import Result, new_result
+from headrace.bench.sampler import Sampler
 from headrace.bench.serve import OURS, Setting, model_of
 from headrace.bench.simulation.prediction import drift
 from headrace.core.errors import InvalidRequest
@@ -86,12 +86,17 @@ def _soak(
     lone = sweep.lone(ours, drawn)
     rate = sweep.saturation(ours, drawn)[0] * soak.load
     begun, number = time.monotonic(), 0
+
+    def look() -> None:
+        if found := sample(served):
+            rows.append({"kind": "sample", "at_s": round(time.monotonic() - begun, 2), **found})
+
     while (passed := time.monotonic() - begun) < soak.minutes * 60:
         seconds = min(soak.round_s, soak.minutes * 60 - passed)
         report(f"minute {passed / 60:.1f} of {soak.minutes:g}: {rate:.1f} requests/s")
         arrivals = with_classes(drawn.piece(rate, seconds, seed=number, most=100_000), lone, seed=number)
         shots = model.shots(arrivals, seed=10_000 + number)
-        with Sampler(served, begun, rows):
+        with Sampler(look, SAMPLE_S):
             replayed = ours.replay(shots, cutoff_s=seconds + 10.0)
         time.sleep(REST_S)
         rows.append(round_row(number, passed, replayed.rows, replayed.client, _at_rest(served)))
@@ -125,29 +130,6 @@ def _at_rest(served: Served) -> dict[str, float]:
     stats = served.stats()
     wanted = ("slots_used", "running_sequences", "waiting_sequences", "open_requests")
     return {f"rest_{name}": stats[name] for name in wanted if name in stats}
-
-
-class Sampler:
-    """Samples the server's processes and counters into ``rows`` in a thread of its own, within the block."""
-
-    def __init__(self, served: Served, begun: float, rows: list[dict[str, Any]]) -> None:
-        self._served, self._begun, self._rows = served, begun, rows
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            found = sample(self._served)
-            if found:
-                self._rows.append({"kind": "sample", "at_s": round(time.monotonic() - self._begun, 2), **found})
 
 
 def sample(served: Served) -> dict[str, float]:

@@ -51,7 +51,7 @@ class Setting:
         seed: of weights and prompts.
         convert: whether to convert the checkpoint for peers that have not done so yet; if not they are left out.
         inside: whether to measure steps of our engine and the bundled pair as well.
-        budget_s: seconds after which no engine is started and no further round begun.
+        budget_s: seconds of the turns after which no engine is started and no further round begun.
         brief: whether the steps and the pair are measured on less.
     """
 
@@ -101,23 +101,27 @@ def quick(setting: Setting) -> Setting:
     return replace(setting, shape="20m", engines=engines, repeats=2, new=33, convert=False, budget_s=budget, brief=True)
 
 
-def run(setting: Setting, *, report: Report = lambda line: None) -> list[Row]:
+def run(setting: Setting, *, rows: list[Row] | None = None, report: Report = lambda line: None) -> list[Row]:
     """Measure everything in turn.
 
+    Args:
+        rows: where rows go as soon as they are known, so that whoever interrupts the run keeps them; a new list by default.
+
     Returns:
-        Rows of the kinds ``decode``, ``agreement``, ``tree``, ``overhead``, ``kv``, ``drafts`` and, for what could not be
+        ``rows``, of the kinds ``decode``, ``agreement``, ``tree``, ``overhead``, ``kv``, ``drafts`` and, for what could not be
         measured, ``lost`` with the reason.
 
     Raises:
         InvalidRequest: an unknown engine or shape.
         BrokenCheckpoint: ``checkpoint`` is none.
     """
-    deadline = float("inf") if setting.budget_s is None else time.monotonic() + setting.budget_s
     wanted = peers.discover(setting.folder, setting.engines)
     checkpoint = setting.checkpoint or random_checkpoint(setting.shape, setting.seed)
-    rows: list[Row] = []
+    rows = [] if rows is None else rows
     if setting.inside:
         rows += inside_rows(checkpoint, setting.threads, quick=setting.brief, report=report)
+    # What our engine is like inside is asked once and has its own limit: the budget is for the turns.
+    deadline = float("inf") if setting.budget_s is None else time.monotonic() + setting.budget_s
     with contextlib.ExitStack() as stack:
         entries = _start_all(setting, wanted, checkpoint, deadline, rows, stack, report)
         turns = Turns(setting, _vocabulary(checkpoint), rows, report)

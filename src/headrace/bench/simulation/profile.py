@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from headrace.core.errors import EngineUnavailable
 from headrace.profiling import store
 
 if TYPE_CHECKING:
-    from headrace.bench.serve import Setting
     from headrace.core.protocols import Profile
 
 LIMIT_S = 600.0
@@ -27,16 +26,27 @@ MACHINE = "llama-3.1-70b-8xa100"
 FIRST = 500
 
 
-def measured_profile(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> Profile:
-    """Measure the model's profile in a process of its own; steps outside the grid become rows of kind ``profile``.
+def measured_profile(
+    model: str,
+    options: Sequence[str],
+    rows: list[dict[str, Any]],
+    *,
+    repeats: int = 5,
+    seconds: float = 60.0,
+) -> Profile:
+    """Measure a model's profile in a process of its own; steps outside the grid become rows of kind ``profile``.
+
+    Args:
+        model: folder, hub name or ``bundled``.
+        options: of ``headrace profile``, as the engine to be simulated runs.
+        repeats: timings of every step.
+        seconds: after which no further round of them begins.
 
     Raises:
         EngineUnavailable: it failed; the message has its last line.
     """
-    report("measuring what steps cost")
-    repeats, seconds = ("1", "8") if setting.quick else ("5", "60")
-    command = [sys.executable, "-m", "headrace", "profile", setting.model, "--json", "--again", "--repeats", repeats,
-               "--max-seconds", seconds, *setting.options()]  # fmt: skip
+    command = [sys.executable, "-m", "headrace", "profile", model, "--json", "--again", "--repeats", str(repeats),
+               "--max-seconds", str(seconds), *options]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]

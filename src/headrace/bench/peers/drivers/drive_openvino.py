@@ -15,7 +15,7 @@ import loop
 WEIGHTS = {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4", "--sym", "--group-size", "64", "--ratio", "1.0")}
 
 
-class OpenVino(loop.Engine):
+class OpenVino(loop.OpenLoopEngine):
     """A continuous-batching pipeline of OpenVINO GenAI on the CPU."""
 
     def prepare(self, checkpoint: str, out: str, precision: str) -> None:

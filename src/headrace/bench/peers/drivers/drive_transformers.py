@@ -47,7 +47,7 @@ class Generate(loop.Engine):
         return made[:, ids.shape[1] :].tolist()
 
 
-class ContinuousBatching(loop.Engine):
+class ContinuousBatching(loop.OpenLoopEngine):
     """The manager behind ``generate_batch``, kept warm: started for one call it costs seconds."""
 
     def load(self, model: str, precision: str, threads: int, sequences: int, context: int) -> dict[str, Any]:
