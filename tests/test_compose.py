@@ -188,3 +188,10 @@ def test_int8_keys_and_values_leave_room_for_more(folder: Path) -> None:
 def test_wrong_names_do_not_cost_a_load(option: str, value: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{option} is '{value}'"):
         build_engine(config("nowhere", **{option: value}))
+
+
+def test_drafts_for_a_policy_without_use_for_them_are_refused(folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="draft is 'ngram', but the policy chunked drafts nothing") as caught:
+        build_engine(config("nowhere", policy="chunked", draft="ngram"))
+    assert caught.value.field == "draft"
+    build_engine(config(folder, policy="chunked", draft="off"))
