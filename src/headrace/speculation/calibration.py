@@ -20,6 +20,12 @@ from headrace.core.speculation import ROOT, DraftTree, Floats
 _EDGE = 0.005
 """Probabilities are kept this far from 0 and 1: nothing a draft says is certain."""
 
+_NEWS = 0.02
+"""Share of the mean curve that every draft replaces."""
+
+_NEARLY = 0.9
+"""A layer that is not drafted holds at least so much of the chance that the one above it gives."""
+
 
 @dataclass(slots=True)
 class _Source:
@@ -40,11 +46,20 @@ class _Source:
     curve: Floats = field(default_factory=lambda: 0.7 ** np.arange(1.0, 5.0))
 
     def see(self, paths: Floats) -> None:
-        """Take a draft's chances, by depth, into the mean curve. Drafts count whether they are verified or not."""
+        """Take a draft's chances, by depth, into the mean curve. Drafts count whether they are verified or not.
+
+        Layers that were not drafted are taken to be hardly worse than the last ones that were, so that drafts which got better are made
+        deeper again.
+        """
         if len(paths) > len(self.curve):
             more = self.curve[-1] * (self.curve[-1] / self.curve[-2]) ** np.arange(1, len(paths) - len(self.curve) + 1)
             self.curve = np.concatenate([self.curve, more])
-        self.curve[: len(paths)] += 0.02 * (paths - self.curve[: len(paths)])
+        count = len(paths)
+        self.curve[:count] += _NEWS * (paths - self.curve[:count])
+        if count < len(self.curve):
+            last, before = self.curve[count - 1], self.curve[count - 2] if count > 1 else 1.0
+            least = last * (_NEARLY * last / before) ** np.arange(1, len(self.curve) - count + 1)
+            np.maximum(self.curve[count:], least, out=self.curve[count:])
 
 
 @dataclass(slots=True)

@@ -94,7 +94,9 @@ class Trials:
             trial: with what it took.
             decoded: tokens of the sequences that still run, by number.
         """
-        known = self._sources[trial.source]
+        known = self._sources.get(trial.source)
+        if known is None:  # in use by now, or never thought of
+            return False
         gains = [decoded[number] - before - 1 for number, before in trial.before.items() if number in decoded]
         won = bool(gains) and sum(gains) >= trial.least * len(gains) and max(gains) > 0
         if won:

@@ -8,6 +8,7 @@ are none, but for a trial now and then.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -41,6 +42,7 @@ class Settings:
         width: nodes in a layer; 1 drafts chains.
         headroom: share of a TPOT target to aim at.
         horizon: tokens over which a request that is behind catches up.
+        ttft_headroom: share of the time left until a first token is due in which to compute its prompt.
         patience_ms: time to first token to aim at for requests without such a target.
         prefill_rows: share of a step's rows that prompts may take beside drafts.
         prefill_share: share of a step's time that prompts may take whoever waits for tokens.
@@ -58,6 +60,7 @@ class Settings:
     width: int = 1
     headroom: float = 0.97
     horizon: float = 64.0
+    ttft_headroom: float = 0.6
     patience_ms: float = 3000.0
     prefill_rows: float = 0.5
     prefill_share: float = 0.25
@@ -282,11 +285,15 @@ class AdaServe:
 
         One that has missed it makes room for those that may still be in time, but not for ever: it gets a second date.
         """
-        wanted = self._set.patience_ms if sequence.slo.ttft_ms is None else sequence.slo.ttft_ms
-        due = sequence.arrival + wanted * 1e-3
+        due, wanted = self._due(sequence)
         if due < view.now:
             due += SECOND_CHANCE * wanted * 1e-3
         return sequence.priority, due, sequence.id
+
+    def _due(self, sequence: SequenceView) -> tuple[float, float]:
+        """When its first token is due, in seconds on the engine's clock, and how many milliseconds after its arrival that is."""
+        wanted = self._set.patience_ms if sequence.slo.ttft_ms is None else sequence.slo.ttft_ms
+        return sequence.arrival + wanted * 1e-3, wanted
 
     def _feasible(self, pace: Pace, reach: Floats, milliseconds: float) -> NDArray[np.bool_]:
         """Who has a target and would still meet it, were every step such a step and all its nodes his."""
@@ -296,7 +303,7 @@ class AdaServe:
         return aimed & in_time if self._set.triage else aimed
 
     def _prefill(self, step: Step, pace: Pace, reach: Floats, usual: float, aimed: NDArray[np.bool_], most: int) -> int:
-        """Of ``most`` prompt tokens, as many as the requests being answered can spare time for."""
+        """Of ``most`` prompt tokens, as many as the requests being answered can spare time for, and as first tokens in time need."""
         oldest = min(s.arrival for s in step.prompts)
         if (step.view.now - oldest) * 1e3 > self._set.patience_ms or not aimed.any():
             return most
@@ -304,4 +311,14 @@ class AdaServe:
         spare = max(slack / 2, self._set.prefill_share * usual)
         sizes, base = ladder(0, most), step.prefill_ms(0)
         fitting = bisect_right(sizes, spare, key=lambda size: step.prefill_ms(size) - base)
-        return sizes[max(0, fitting - 1)]
+        return min(most, max(sizes[max(0, fitting - 1)], self._needed(step, usual)))
+
+    def _needed(self, step: Step, usual: float) -> int:
+        """Prompt tokens a step, were all as long as this one (``usual`` milliseconds), for the TTFT targets that can be met."""
+        needed, before = 0.0, 0
+        for prompt in step.prompts:
+            before += prompt.pending
+            left = (self._due(prompt)[0] - step.view.now) * 1e3 * self._set.ttft_headroom
+            if left > 0 and prompt.slo.ttft_ms is not None:
+                needed = max(needed, before / max(1.0, left / usual))
+        return math.ceil(needed)
