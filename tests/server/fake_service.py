@@ -159,7 +159,7 @@ class FakeService:
         first = timing.first_token is None
         timing.first_token = timing.first_token or now
         timing.last_token, timing.decoded, timing.cached_tokens = now, timing.decoded + len(tokens), 3
-        delta = SequenceDelta(request.id, index, tokens)
+        delta = SequenceDelta(request.id, index, tokens, steps=0 if first else 1)
         if request.params.logprobs is not None:
             delta.logprobs = [_logprobs(token, request.params.logprobs) for token in tokens]
         if tokens and tokens[-1] == EOS and not request.params.ignore_eos:

@@ -11,6 +11,7 @@ from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.errors import EngineUnavailable, HeadraceError
 from headrace.core.request import SLO
+from headrace.server.classes import SLOClasses
 from headrace.server.replies import HealthReply
 from headrace.version import __version__
 
@@ -68,7 +69,7 @@ def test_tokenizer_that_fails_is_tried_again(serve: Serve, byte_tokenizer) -> No
 
 
 def test_counts(serve: Serve) -> None:
-    running = serve(tiers={"fast": SLO(ttft_ms=60_000, tpot_ms=60_000), "never": SLO(ttft_ms=0.001)})
+    running = serve(slo_classes=SLOClasses({"fast": SLO(ttft_ms=60_000, tpot_ms=60_000), "never": SLO(ttft_ms=0.001)}))
     client = running.client()
     client.chat.completions.create(model=MODEL, messages=HELLO, n=2, service_tier="fast")  # type: ignore[arg-type]
     client.chat.completions.create(model=MODEL, messages=HELLO, service_tier="never")  # type: ignore[arg-type]
@@ -82,8 +83,8 @@ def test_counts(serve: Serve) -> None:
     assert found["headrace_http_requests_total{endpoint=none,method=GET,status=404}"] == 1
     assert found["headrace_sequences_finished_total{endpoint=chat_completions,finish_reason=stop}"] == 3
     assert found["headrace_sequences_finished_total{endpoint=completions,finish_reason=length}"] == 1
-    assert found["headrace_slo_requests_total{met=yes,tier=fast}"] == 1
-    assert found["headrace_slo_requests_total{met=no,tier=never}"] == 1
+    assert found["headrace_slo_requests_total{met=yes,slo_class=fast}"] == 1
+    assert found["headrace_slo_requests_total{met=no,slo_class=never}"] == 1
     assert found["headrace_prompt_tokens_total"] == 6 + 6 + 6
     assert found["headrace_generation_tokens_total"] == 2 * 4 + 4 + 3
     assert found["headrace_cached_prompt_tokens_total"] == 9

@@ -150,6 +150,7 @@ class Launch:
             f"{limits.max_step_tokens} tokens a step, {slots:,} slots\n"
             f"  try      curl {self._url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'\n"
             f"  or       headrace chat --url {self._url}/v1"
+            f"{_watch(self._url) if self.settings.dashboard else ''}"
         )
 
 
@@ -159,6 +160,10 @@ def _quantised(card: ModelCard) -> str:
     parts += ["int8 K and V"] if card.kv_cache_dtype == "int8" else []
     cost = f": {card.quality}" if card.quality else ""
     return f"  rounded  {', '.join(parts)}{cost}\n" if parts else ""
+
+
+def _watch(url: str) -> str:
+    return f"\n  watch    {url}/dashboard"
 
 
 def _import_tokenizers() -> None:
