@@ -18,16 +18,19 @@ class PassCosts:
     Attributes:
         pass_ms: source -> milliseconds of a pass; other sources are free.
         row_ms: source -> milliseconds for every row of a pass.
+        spared: passes whose rows cost nothing.
     """
 
     pass_ms: Mapping[str, float] = field(default_factory=dict)
     row_ms: Mapping[str, float] = field(default_factory=dict)
+    spared: float = 0.0
 
     def draft_ms(self, source: str, sequences: int, depth: int, width: int) -> float:
         """``depth`` passes; nothing for nobody."""
         if not sequences:
             return 0.0
-        return (self.pass_ms.get(source, 0.0) + self.row_ms.get(source, 0.0) * sequences * width) * depth
+        rows = sequences * width * max(0.0, depth - self.spared)
+        return self.pass_ms.get(source, 0.0) * depth + self.row_ms.get(source, 0.0) * rows
 
     def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
         """What costs here is known, not measured."""
