@@ -20,6 +20,8 @@ from headrace.bench.openloop.sweep import Pace, Sweep, by_point, figures
 from headrace.bench.openloop.systems import HTTPSystem, SessionSystem, System
 from headrace.bench.results import Result, new_result
 from headrace.bench.simulation import against_real as simreal
+from headrace.bench.simulation.calibrate import calibrated
+from headrace.bench.simulation.machine import Machine
 from headrace.bench.simulation.profile import measured_profile, simulation_pace
 from headrace.core.config import EngineConfig
 from headrace.core.errors import HeadraceError, InvalidRequest
@@ -147,18 +149,22 @@ def _open(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], 
         ours = HTTPSystem(OURS, served.url, served.model, served)
         drawn = drawn_load(model.context, seed=setting.seed)
         lone = sweep.lone(ours, drawn)
-        rate, shots = sweep.saturation(ours, drawn)
+        rate = sweep.saturation(ours, drawn)
         loads = [recorded_load(path, model.context, lone, seed=setting.seed) for path in setting.traces]
         served.pause()
         peers = [] if setting.quick or "peers" in setting.skip else list(_peers(setting, model, rows, stack, report))
         served.resume()
-        sweep.run([ours, *peers], drawn, rate, lone)
+
+        def calibrate() -> None:
+            if profile is not None:
+                sweep.level(ours, drawn)
+
+        sweep.run([ours, *peers], drawn, rate, lone, between=calibrate)
         _recorded(sweep, ours, loads, lone)
         slots = int(served.stats().get("slots", 0)) or 1 << 17
     if profile is not None:
         limits = setting.engine().limits
-        machine = simreal.Machine(profile, setting.policy, limits, slots, served.context, front_ms=lone.front_ms)
-        _simulate(sweep, machine, shots, rows, report)
+        _simulate(sweep, Machine(profile, setting.policy, limits, slots, served.context), rows, report)
         report("simulating a long trace")
         rows.append(simulation_pace(setting.traces, seconds=5.0 if setting.quick else 20.0))
 
@@ -175,7 +181,7 @@ def _recorded(sweep: Sweep, ours: HTTPSystem, loads: Sequence[Load], lone: Lone)
     sweep.pace = replace(full, fractions=TRACE_FRACTIONS, seeds=full.seeds[:1], saturate_s=full.saturate_s / 2)
     for load in loads:
         try:
-            rate, _ = sweep.saturation(ours, load)
+            rate = sweep.saturation(ours, load)
         except HeadraceError as error:
             sweep.skip(ours, load, f"lost: {error.message}")
             continue
@@ -222,26 +228,15 @@ def _peers(
         yield system
 
 
-def _simulate(
-    sweep: Sweep,
-    machine: simreal.Machine,
-    shots: Sequence[Any],
-    rows: list[dict[str, Any]],
-    report: Callable[[str], None],
-) -> None:
+def _simulate(sweep: Sweep, machine: Machine, rows: list[dict[str, Any]], report: Callable[[str], None]) -> None:
     """Every case that was replayed on the server again in simulation, with and without calibration."""
-    lone = next(r for r in rows if r["kind"] == "lone")
-    full = next(r for r in rows if r["kind"] == "saturation")
-    seen = simreal.Calibration(
-        lone["ttft_ms"], lone["prompt_tokens"], lone["tpot_ms"], lone["prompt_tokens"] + lone["output_tokens"] // 2,
-        shots, full["seconds"], full["tokens_per_s"],
-        full["concurrency"],
-    )  # fmt: skip
     report("fitting what a server adds to a step")
-    hosted = simreal.calibrated(machine, seen)
-    rows.append({"kind": "calibration", "fixed_ms": round(hosted.fixed_ms, 4), "sequence_ms": round(hosted.sequence_ms, 5),
-                 "prompt_ms": round(hosted.prompt_ms, 4),
-                 "front_ms": machine.front_ms})  # fmt: skip
+    try:
+        fit = calibrated(machine, sweep.levels)
+    except ValueError as error:
+        rows.append({"kind": "skipped", "system": OURS, "load": "simulated", "reason": str(error)})
+        return
+    rows.append(fit.row())
     real: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "request" and row["system"] == OURS:
@@ -250,7 +245,7 @@ def _simulate(
         report(f"simulating {case.load.name} at {case.fraction:g}")
         mine = real.get(tuple(case.labels.values()), [])
         if mine:
-            for flag, used in ((True, replace(machine, profile=hosted)), (False, machine)):
+            for flag, used in ((True, fit.machine), (False, replace(machine, front=fit.machine.front))):
                 rows.extend(simreal.simulate_case(used, case, mine, calibrated=flag))
 
 

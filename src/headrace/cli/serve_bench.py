@@ -108,8 +108,10 @@ def _with_progress(measure: Any) -> Result:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     console = Console(stderr=True)
-    # A polite end is an interruption too: servers are stopped and the file is written. Ctrl-C raises the same by itself.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A polite end is an interruption too: servers are stopped and the file is written.
+    # Shells start background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         begun = time.monotonic()
@@ -220,5 +222,8 @@ def _print_soak(result: Result) -> None:
         for r in result.rows if r["kind"] == "round"
     ]  # fmt: skip
     _table(lines, ["minute", "requests", "finished", "TPOT p50 ms", "p99", "TTFT p50 ms", "slots held at rest"], 0)
+    if not result.claims:
+        typer.echo("no verdict: it ended before its first round did")
+        return
     wrong = [name.replace("_", " in ", 1) for name, value in verdict(result.rows).items() if value]
     typer.echo("verdict: " + (", ".join(wrong) if wrong else "no leak, no drift"))

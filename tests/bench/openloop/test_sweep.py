@@ -163,11 +163,11 @@ def test_lone_and_saturation_on_a_server(server: FakeServer) -> None:
     load = drawn_load(64, seed=0)
     lone = sweep.lone(system, load)
     assert 3.0 < lone.tpot_ms < 60.0
-    rate, shots = sweep.saturation(system, load)
+    rate = sweep.saturation(system, load)
     row = sweep.rows[-1]
     assert (row["kind"], row["concurrency"]) == ("saturation", 4)
     assert row["requests_per_s"] == pytest.approx(rate, abs=1e-3)
-    assert len(shots) > 4
+    assert rate > 0
     dead = HTTPSystem("headrace", "http://127.0.0.1:9/v1", "m", Still())
     with pytest.raises(LostSystem, match="answered no request: ConnectionRefused"):
         sweep.lone(dead, load)
