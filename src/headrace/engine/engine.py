@@ -15,7 +15,7 @@ from headrace.core.batch import Packer, Segment
 from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import EngineStats, SequenceDelta
-from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
+from headrace.core.policy import Limits, Policy, StepPlan, View
 from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Runner, StepObserver
 from headrace.core.request import Request
 from headrace.engine.admission import complete_request
@@ -205,8 +205,8 @@ class Engine:
         view = self._view()
         started = time.perf_counter()
         drafted = 0.0
-        if self.drafting is not None and isinstance(self.policy, DraftingPolicy):
-            orders = self.policy.draft(view)
+        if self.drafting is not None and (draft := getattr(self.policy, "draft", None)) is not None:
+            orders = draft(view)
             begun = time.perf_counter()
             view.candidates = self.drafting.draft(orders, self._running)
             drafted = time.perf_counter() - begun
