@@ -163,3 +163,26 @@ def test_access_log(serve: Serve, caplog) -> None:
     caplog.clear()
     serve(access_log=False).http().get("/health")
     assert not [record for record in caplog.records if record.name == "headrace.access"]
+
+
+def test_slack_and_steps(serve: Serve) -> None:
+    running = serve(slo_classes=SLOClasses({"fast": SLO(ttft_ms=60_000, tpot_ms=60_000), "never": SLO(ttft_ms=0.001)}))
+    for name in ("fast", "never", "none"):
+        running.http().post("/v1/completions", json={"prompt": "abcd", "slo": name})
+    found = running.metrics()
+    slack = "headrace_slo_slack_seconds_bucket{{le={},slo_class={},target={}}}"
+    assert found[slack.format("10.0", "fast", "ttft")] == 0  # nearly a minute early
+    assert found[slack.format("100.0", "fast", "ttft")] == found[slack.format("+Inf", "fast", "tpot")] == 1
+    assert found[slack.format("0.0", "never", "ttft")] == 1  # late
+    assert found["headrace_slo_attainment_ratio{slo_class=fast}"] == 1
+    assert found["headrace_slo_attainment_ratio{slo_class=never}"] == 0
+    assert "headrace_slo_attainment_ratio{slo_class=none}" not in found
+    assert not [name for name in found if "slack" in name and "slo_class=none" in name]
+    assert found["headrace_step_limit_tokens"] == 512
+    assert found["headrace_draft_tokens_total"] == 2 * found["headrace_accepted_draft_tokens_total"] > 0
+    assert found["headrace_step_tokens_sum{purpose=prefill}"] == 7
+    assert found["headrace_step_tokens_bucket{le=4,purpose=prefill}"] == 0
+    assert found["headrace_step_tokens_bucket{le=8,purpose=prefill}"] == 1
+    assert found["headrace_step_tokens_count{purpose=verify}"] == 1
+    assert found["headrace_accepted_per_draft_tokens_bucket{le=1}"] == 0
+    assert found["headrace_accepted_per_draft_tokens_bucket{le=2}"] == 1

@@ -180,9 +180,7 @@ def test_slow_reader_gets_everything_in_fewer_events(serve: Serve) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        )
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: service.steps >= 3750, 20), "the engine must not wait for the reader"
         assert eventually(lambda: not service.live), "a slow reader must not hold the engine"

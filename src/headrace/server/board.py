@@ -6,8 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from headrace.core.outputs import RequestTiming
-from headrace.server.standing import WORST_FIRST, Standing, standing
+from headrace.server.standing import WORST_FIRST, Standing, ended_as, standing
 
 if TYPE_CHECKING:
     from headrace.server.feed import Feed
@@ -117,15 +116,10 @@ def _phase(feed: Feed, prefilling: Mapping[str, float]) -> tuple[str, float | No
 
 
 def _worst(feed: Feed, now: float) -> Standing:
-    """The worst standing of the choices; one that has ended is judged as of its last token."""
-    params = feed.requests[0].params
-    limit = params.max_tokens or NO_LIMIT
+    """The worst standing of the choices."""
+    slo, limit = feed.requests[0].slo, feed.requests[0].params.max_tokens or NO_LIMIT
     found = {
-        standing(feed.requests[0].slo, choice.timing, *_as_of(choice.timing, choice.done, limit, now))
+        ended_as(slo, choice.timing) if choice.done else standing(slo, choice.timing, limit, now)
         for choice in feed.choices
     }
     return next(word for word in WORST_FIRST if word in found)
-
-
-def _as_of(timing: RequestTiming, done: bool, limit: int, now: float) -> tuple[int, float]:
-    return (timing.decoded, timing.last_token or now) if done else (limit, now)

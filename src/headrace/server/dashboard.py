@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from headrace.server.errors import json_response
@@ -52,8 +52,9 @@ async def page() -> Response:
 
 
 @router.get(f"{PAGE}/data")
-async def data(server: Server, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+async def data(request: Request, server: Server, after: Annotated[int, Query(ge=0)] = 0) -> Response:
     """What is new since revision ``after``, for the page."""
+    request.state.quiet = True  # a line a second would drown the log
     return json_response(server.monitor.snapshot(server, after), headers={"cache-control": "no-store"})
 
 

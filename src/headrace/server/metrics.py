@@ -7,6 +7,7 @@ from prometheus_client.exposition import choose_encoder
 
 from headrace.core.outputs import EngineStats, RequestTiming
 from headrace.core.protocols import ServiceState
+from headrace.server.attainment import Attainment
 from headrace.server.engine_metrics import EngineCollector
 from headrace.server.outcome import Outcome
 from headrace.version import __version__
@@ -51,6 +52,12 @@ class Metrics:
             ["slo_class", "met"],
             registry=registry,
         )
+        self._attainment = Gauge(
+            "headrace_slo_attainment_ratio",
+            "Share of the latest 500 requests of a class that met their targets",
+            ["slo_class"],
+            registry=registry,
+        )
         self._slack = Histogram(
             "headrace_slo_slack_seconds",
             "Deadline minus reality: above 0 early, below 0 late; for TPOT at the last token",
@@ -93,6 +100,12 @@ class Metrics:
             self._e2e.observe(timing.last_token - timing.arrival)
         if timing.first_scheduled is not None:
             self._queue.observe(timing.first_scheduled - timing.arrival)
+
+    def show_attainment(self, attainment: Attainment) -> None:
+        """Take over the present shares."""
+        for name in attainment.classes():
+            met, judged = attainment.recent(name)
+            self._attainment.labels(name).set(met / judged)
 
     def render(self, accept: str, state: ServiceState, open_requests: int, stats: EngineStats) -> tuple[bytes, str]:
         """(text, content type) in the format that ``accept`` asks for."""

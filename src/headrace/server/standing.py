@@ -42,6 +42,12 @@ def standing(slo: SLO, timing: RequestTiming, limit: int, now: float) -> Standin
     return "risk" if elapsed > slo.tpot_ms * max(timing.decoded, 1) else "met"
 
 
+def ended_as(slo: SLO, timing: RequestTiming) -> Standing:
+    """Where a sequence stands that has ended."""
+    met = slo.met_by(timing.ttft_ms, timing.tpot_ms)
+    return "none" if met is None else "met" if met else "missed"
+
+
 def _waiting(slo: SLO, waited_ms: float) -> Standing:
     if slo.ttft_ms is None or waited_ms <= NEARLY * slo.ttft_ms:
         return "met"

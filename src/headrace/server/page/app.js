@@ -9,6 +9,7 @@ import { Lanes, drawTimeline, inSight } from "./timeline.js";
 const ROWS_KEPT = 300;
 const REQUESTS_KEPT = 1000;
 const FRAME_MS = 80;
+const LONGEST_GUESS_S = 8;
 
 const at = (id) => document.getElementById(id);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -19,7 +20,7 @@ const state = { data: null, received: 0, rows: [], requests: new Map(), lanes: n
 function now() {
   if (state.data === null) return 0;
   const since = document.body.dataset.state === "live" && !still.matches ? (performance.now() - state.received) / 1000 : 0;
-  return state.data.now + Math.min(since, 3);
+  return state.data.now + Math.min(since, LONGEST_GUESS_S);
 }
 
 function become(name, text) {

@@ -27,10 +27,14 @@ export function setKey(value) {
   }
 }
 
+/** What is new since `revision`; "refused" without a good key; throws when there is no answer. */
 async function fetchSince(revision) {
   const headers = key() === null ? {} : { authorization: `Bearer ${key()}` };
   const options = { headers, cache: "no-store", credentials: "omit", signal: AbortSignal.timeout(PATIENCE_MS) };
-  return fetch(`${DATA.href}?after=${revision}`, options);
+  const response = await fetch(`${DATA.href}?after=${revision}`, options);
+  if (response.status === 401) return "refused";
+  if (!response.ok) throw new Error(`the server answers ${response.status}`);
+  return response.json();
 }
 
 /**
@@ -60,28 +64,21 @@ export class Feed {
   async #ask() {
     if (this.asking) return;
     this.asking = true;
-    let pause = PERIOD_MS;
-    try {
-      const response = await fetchSince(this.revision);
-      if (response.status === 401) {
-        this.stop();
-        this.on.needsKey(key() !== null);
-        return;
-      }
-      if (!response.ok) throw new Error(`the server answers ${response.status}`);
-      this.#take(await response.json());
-    } catch {
-      this.failures += 1;
-      pause = Math.min(PERIOD_MS * 2 ** (this.failures - 1), LONGEST_PAUSE_MS);
-      this.on.lost(pause / 1000);
-    } finally {
-      this.asking = false;
+    const answer = await fetchSince(this.revision).catch(() => null);
+    this.asking = false;
+    if (answer === "refused") {
+      this.stop();
+      this.on.needsKey(key() !== null);
+      return;
     }
+    this.failures = answer === null ? this.failures + 1 : 0;
+    const pause = Math.min(PERIOD_MS * 2 ** Math.max(this.failures - 1, 0), LONGEST_PAUSE_MS);
     if (this.timer !== null) this.timer = setTimeout(() => this.#ask(), pause);
+    if (answer === null) this.on.lost(pause / 1000);
+    else this.#take(answer);
   }
 
   #take(data) {
-    this.failures = 0;
     if (this.epoch !== null && this.epoch !== data.epoch) {
       // Another run of the server: what it answered was asked for in the words of its predecessor. Ask again, for all.
       this.epoch = null;
