@@ -45,6 +45,14 @@ def test_growth_while_caches_fill_is_no_leak() -> None:
     assert soak.verdict([*samples(), *rounds()]) == NONE
 
 
+def test_files_are_judged_by_what_was_least_open_where_rest_was_not_looked_at() -> None:
+    def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if not k.startswith("rest_server_fds")} for row in rows]
+
+    assert soak.verdict([*samples(server_fds=lambda t: 11 + int(20 * t) % 7), *bare(rounds())])["leak_files"] == 0.0
+    assert soak.verdict([*samples(server_fds=lambda t: 11 + int(20 * t)), *bare(rounds())])["leak_files"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [

@@ -7,6 +7,7 @@ or peer that dies costs its rows and not the run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,15 @@ from headrace.bench.simulation import against_real as simreal
 from headrace.bench.simulation.calibrate import calibrated
 from headrace.bench.simulation.machine import Machine
 from headrace.bench.simulation.profile import measured_profile, simulation_pace
+from headrace.bench.workloads.traces import load_trace
 from headrace.core.config import EngineConfig
 from headrace.core.errors import HeadraceError, InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.bench.closedloop import decode
     from headrace.core.protocols import Profile
+
+log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,8 +41,12 @@ SWEPT_PEERS = ("vllm", "openvino", "transformers-cb")
 """Peers that take requests while others run: over HTTP, or by feeding their scheduler in their own process."""
 
 OURS = "headrace"
-QUICK = Pace(fractions=(0.3, 0.7, 1.0), seeds=(0,), seconds=4.0, grace_s=1.5, saturate_s=3.0, concurrency=16, lone=5)
+QUICK = Pace(fractions=(0.3, 0.7, 1.0), seeds=(0,), seconds=4.0, grace_s=1.5, saturate_s=3.0, concurrency=16, lone=5,
+             widths=(1, 4, 16), width_s=1.5)  # fmt: skip
 TRACE_FRACTIONS = (0.5, 0.8)
+PEER_LOAD_S = 300.0
+"""Seconds that a peer may take until it can take part in the sweep."""
+
 GOAL = 0.9
 """Attainment that a rate must keep to count as served."""
 
@@ -104,11 +112,13 @@ def run(
         on_part: told how many parts of how many are done.
 
     Returns:
-        The result; ``partial`` when it was interrupted.
+        The result; ``partial`` when it was interrupted, or when a part ended early: a row of kind ``skipped`` says why.
 
     Raises:
-        HeadraceError: the server itself cannot be started, or a trace cannot be read.
+        HeadraceError: a trace cannot be read, or nothing at all could be measured.
     """
+    for path in setting.traces:
+        load_trace(path, baseline_tpot_ms=1.0)  # what is wrong with it shall not show after minutes
     load_before = os.getloadavg()
     rows: list[dict[str, Any]] = []
     partial = False
@@ -120,7 +130,16 @@ def run(
     try:
         for done, part in enumerate(parts):
             on_part(done, len(parts))
-            part()
+            try:
+                part()
+            except Exception as error:
+                if not rows:
+                    raise
+                partial = True
+                reason = error.message if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+                log.warning("a part of the benchmark ended early", exc_info=not isinstance(error, HeadraceError))
+                report(f"ended early: {reason}")
+                rows.append({"kind": "skipped", "system": OURS, "load": "", "reason": f"ended early: {reason}"})
         on_part(len(parts), len(parts))
     except KeyboardInterrupt:
         partial = True
@@ -208,7 +227,7 @@ def _peers(
         try:
             session = peers.start(
                 peer, hub.resolve(setting.model), "fp32", threads=setting.threads, context=model.context,
-                sequences=setting.pace.concurrency, report=report,
+                sequences=setting.engine().limits.max_sequences, load_s=PEER_LOAD_S, report=report,
             )  # fmt: skip
         except HeadraceError as error:
             rows.append({"kind": "skipped", "system": peer.name, "load": "", "reason": f"lost: {error.message}"})
@@ -278,7 +297,8 @@ def claims(rows: Rows) -> dict[str, float]:
 
 def sweep_claims(rows: Rows) -> dict[str, float]:
     """Of the drawn workload, per system: the highest rate that keeps :data:`GOAL`, and at each fraction attainment and goodput
-    against the best peer. ``late_sends_share`` says what share of all requests the client sent late."""
+    against the best peer. ``late_sends_share`` says what share of all requests the client sent late, ``busy_elsewhere_cores`` how
+    many cores programs that are not ours kept busy meanwhile."""
     points = {k: figures(v) for k, v in by_point(rows).items()}
     rates = {(r["load"], r["fraction"]): r["rate"] for r in rows if r["kind"] == "run"}
     found: dict[str, float] = {}
@@ -299,6 +319,9 @@ def sweep_claims(rows: Rows) -> dict[str, float]:
     sent = [r for r in rows if r["kind"] == "run" and r.get("sent")]
     if sent:
         found["late_sends_share"] = sum(r["late"] for r in sent) / sum(r["sent"] for r in sent)
+    elsewhere = [r["elsewhere_cores"] for r in rows if r["kind"] == "run" and "elsewhere_cores" in r]
+    if elsewhere:
+        found["busy_elsewhere_cores"] = statistics.fmean(elsewhere)
     full = [r["requests_per_s"] for r in rows if r["kind"] == "saturation" and r["load"] == "poisson"]
     if full:
         found["saturation_requests_per_s"] = statistics.median(full)

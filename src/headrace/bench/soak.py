@@ -180,7 +180,7 @@ def verdict(rows: Rows) -> dict[str, float]:
     held = any(
         r.get(f"rest_{n}", 0) > 0 for r in rounds for n in ("slots_used", "running_sequences", "waiting_sequences")
     )
-    files = any(_climbs(rounds, f"rest_{name}") for name in HELD)
+    files = any(_climbs(rounds, settled, name) for name in HELD)
     errors = [r["profile_error_p50"] for r in settled if "profile_error_p50" in r]
     first, last = _thirds(errors)
     leaning = abs(drift(settled).get("profile_bias_drift", 0.0)) > DRIFT_ERROR
@@ -238,10 +238,15 @@ def _grows(rows: Rows, name: str) -> bool:
     return slope_per_hour(rows, name) > LEAK_MIB_PER_HOUR and gained > LEAK_SHARE
 
 
-def _climbs(rows: Rows, name: str) -> bool:
-    values = [r[name] for r in rows if name in r]
+def _climbs(rounds: Rows, samples: Rows, name: str) -> bool:
+    """Whether more of ``name`` is held in the last third: at rest, or where that is not known, at the least under load."""
+    values = [r[f"rest_{name}"] for r in rounds if f"rest_{name}" in r]
+    if values:
+        third = len(values) // 3
+        return third > 0 and statistics.median(values[-third:]) >= max(values[:third]) + 3
+    values = [r[name] for r in samples if name in r]
     third = len(values) // 3
-    return third > 0 and statistics.median(values[-third:]) >= max(values[:third]) + 3
+    return third > 0 and min(values[-third:]) >= min(values[:third]) + 3
 
 
 def _thirds(values: Sequence[float]) -> tuple[float, float]:

@@ -30,7 +30,7 @@ __all__ = ["Setting", "claims", "quick", "run", "table"]
 
 Row = dict[str, Any]
 Report = Callable[[str], None]
-QUICK_PEERS = ("headrace", "transformers", "transformers-cb", "openvino", "ctranslate2", "llama.cpp")
+QUICK_PEERS = ("headrace", "transformers", "transformers-cb", "openvino")
 AGREED_PROMPTS, AGREED_TOKENS = 4, 24
 
 
@@ -52,6 +52,7 @@ class Setting:
         convert: whether to convert the checkpoint for peers that have not done so yet; if not they are left out.
         inside: whether to measure steps of our engine and the bundled pair as well.
         budget_s: seconds of the turns after which no engine is started and no further round begun.
+        load_s: seconds any engine may take to load.
         brief: whether the steps and the pair are measured on less.
     """
 
@@ -69,6 +70,7 @@ class Setting:
     convert: bool = True
     inside: bool = True
     budget_s: float | None = None
+    load_s: float = 300.0
     brief: bool = False
 
     def __post_init__(self) -> None:
@@ -95,9 +97,9 @@ class Entry:
 
 
 def quick(setting: Setting) -> Setting:
-    """The same in little more than half a minute: a smaller shape, shorter answers, and only what is ready to start."""
+    """The same in about half a minute: a smaller shape, shorter answers, few engines, and of them only what is ready to start."""
     engines = tuple(name for name in QUICK_PEERS if setting.engines is None or name in setting.engines)
-    budget = setting.budget_s or 30.0
+    budget = setting.budget_s or 20.0
     return replace(setting, shape="20m", engines=engines, repeats=2, new=33, convert=False, budget_s=budget, brief=True)
 
 
@@ -238,7 +240,8 @@ def _start_all(
                 _need_memory(checkpoint)
                 session = peers.start(
                     peer, checkpoint, precision, digest=digest, threads=setting.threads,
-                    sequences=max(setting.batches), context=setting.prompt + setting.new, report=report,
+                    sequences=max(setting.batches), context=setting.prompt + setting.new,
+                    load_s=setting.load_s, report=report,
                 )  # fmt: skip
             except HeadraceError as error:
                 rows.append(_lost(peer, precision, error))

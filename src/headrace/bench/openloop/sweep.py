@@ -7,11 +7,13 @@ scales, and whether the client was punctual) and ``skipped`` (what was left out,
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.bench import metrics
+from headrace.bench.neighbours import Neighbours
 from headrace.bench.openloop.loads import Load, Lone, Model, with_classes
 from headrace.bench.openloop.shots import Replayed, Shot
 from headrace.bench.openloop.systems import HTTPSystem, System
@@ -45,6 +47,7 @@ class Pace:
         lone: requests sent one after another.
         widths: of the closed loops that are measured between pieces, one after the other in turn.
         width_s: length of each of these.
+        budget_s: seconds of a sweep after which no further round of pieces begins.
     """
 
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
@@ -56,6 +59,7 @@ class Pace:
     lone: int = 12
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     width_s: float = 3.0
+    budget_s: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,11 @@ class Sweep:
         before each piece, with the first system running and all others stopped.
         """
         most = {system.name: float("inf") for system in systems}  # the fraction above which it is not asked
+        begun = time.monotonic()
         for number in self.pace.seeds:
+            if time.monotonic() > begun + self.pace.budget_s and number != self.pace.seeds[0]:
+                self.skip(systems[0], load, f"no time left for piece {number + 1} of each rate")
+                break
             for fraction in self.pace.fractions:
                 self._only(systems[0], systems)
                 between()
@@ -200,12 +208,14 @@ class Sweep:
 
     def _replay(self, system: System, systems: Sequence[System], case: Case) -> None:
         self._only(system, systems)
+        neighbours = Neighbours()
         replayed = system.replay(case.shots, cutoff_s=case.cutoff_s)
+        elsewhere = round(neighbours.cores(), 3)
         where = {"system": system.name, **case.labels}
         self.rows.extend({"kind": "request", **where, **row} for row in replayed.rows)
         self.rows.append(
             {"kind": "run", **where, "rate": round(case.rate, 4), "requests": len(replayed.rows),
-             "cutoff_s": case.cutoff_s, **self._scales(case.load), **_rounded(replayed.client)}
+             "cutoff_s": case.cutoff_s, "elsewhere_cores": elsewhere, **self._scales(case.load), **_rounded(replayed.client)}
         )  # fmt: skip
         if replayed.rows and all(_unreachable(r) for r in replayed.rows):
             raise LostSystem(system.name, replayed)

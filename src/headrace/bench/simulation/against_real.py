@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from headrace.bench import metrics
@@ -23,7 +24,7 @@ def simulate_case(machine: Machine, case: Case, real: Rows, *, calibrated: bool)
     """Rows of kind ``simulated`` for a case whose real rows are given; requests leave when the real ones left."""
     sent = {r["id"]: r["arrival_s"] for r in real}
     shots = sorted(case.shots, key=lambda shot: sent[shot.id])
-    rows = machine.replay(shots, [sent[s.id] for s in shots], case.cutoff_s)
+    rows = replace(machine, seed=case.seed).replay(shots, [sent[s.id] for s in shots], case.cutoff_s)
     return [{"kind": "simulated", "calibrated": calibrated, **case.labels, **_rounded(row)} for row in rows]
 
 

@@ -1,7 +1,7 @@
 """Fitting what a server adds to its engine's steps, to closed loops of different width measured on it.
 
 A closed loop keeps a known number of requests open, so what its requests get says what a step costs with so many sequences. The
-simulated engine runs the same closed loops; what its median TPOT and TTFT lack, and what TTFT grows too little with the prompt, is
+simulated engine runs the same closed loops; what its mean TPOT and TTFT lack, and what TTFT grows too little with the prompt, is
 added to the steps, and again, until they agree. Open-loop runs, which simulations are held against, have no part in it.
 """
 
@@ -23,7 +23,8 @@ ROUNDS = 10
 """Of the fit; each mends the better part of what is left."""
 
 STEP = 0.7
-"""Share of the error that a round mends: the curves at neighbouring widths lean on each other."""
+"""Share of the error that a round mends, half of it in the later rounds: the curves at neighbouring widths lean on each other, and
+each loop has a noise of its own."""
 
 APART = 20
 """Prompt tokens by which two requests must differ to say what a prompt token costs."""
@@ -38,7 +39,7 @@ class Fit:
 
     Attributes:
         machine: the calibrated one.
-        tpot_error, ttft_error: relative error of the medians by concurrency.
+        tpot_error, ttft_error: relative error of the means by concurrency.
     """
 
     machine: Machine
@@ -77,22 +78,23 @@ def calibrated(machine: Machine, levels: Sequence[Level], *, rounds: int = ROUND
     front = Line(at, tuple(_front(of) for of in widths.values()))
     alone = [gaps for level in levels if level.concurrency == 1 for gaps in level.gaps_ms]
     machine = replace(machine, front=front, stalls=stalls_of(alone))
-    wanted = {width: _medians(_counted(of)) for width, of in widths.items()}
+    wanted = {width: _means(_counted(of)) for width, of in widths.items()}
     steepness, token = _slope([_counted(of) for of in widths.values()]), 0.0
     step, prompt = [0.0] * len(at), [0.0] * len(at)
     fitted, errors = machine, dict.fromkeys(widths, (0.0, 0.0))
-    for _ in range(rounds):
+    for turn in range(rounds):
+        gain = STEP if 2 * turn < rounds else STEP / 2
         hosted = Hosted(machine.profile, Line(at, tuple(step)), Line(at, tuple(prompt)), token)
         fitted = replace(machine, profile=hosted)
         ran = [
             [row for level in of for row in _warm(simulated(fitted, level), level.seconds)] for of in widths.values()
         ]
         for place, (width, rows) in enumerate(zip(widths, ran, strict=True)):
-            tpot, ttft = (theirs - ours for theirs, ours in zip(wanted[width], _medians(rows), strict=True))
+            tpot, ttft = (theirs - ours for theirs, ours in zip(wanted[width], _means(rows), strict=True))
             errors[width] = (tpot / wanted[width][0], ttft / wanted[width][1])
-            step[place] += STEP * tpot
-            prompt[place] += STEP * ttft
-        token += STEP * (steepness - _slope(ran))
+            step[place] += gain * tpot
+            prompt[place] += gain * ttft
+        token += gain * (steepness - _slope(ran))
     return Fit(fitted, *({width: -error[which] for width, error in errors.items()} for which in (0, 1)))
 
 
@@ -119,11 +121,14 @@ def _warm(rows: Rows, seconds: float) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["finished"] and row["arrival_s"] >= settled and row["tpot_ms"] is not None]
 
 
-def _medians(rows: Rows) -> tuple[float, float]:
-    """TPOT and TTFT; of a simulation in which nothing finished, far too long."""
+def _means(rows: Rows) -> tuple[float, float]:
+    """TPOT and TTFT; of a simulation in which nothing finished, far too long.
+
+    Means and not medians: under load it is the time that all requests take together, long ones included, that queues are made of.
+    """
     if not rows:
         return 1e4, 1e4
-    return statistics.median(r["tpot_ms"] for r in rows), statistics.median(r["ttft_ms"] for r in rows)
+    return statistics.fmean(r["tpot_ms"] for r in rows), statistics.fmean(r["ttft_ms"] for r in rows)
 
 
 def _slope(groups: Sequence[Rows]) -> float:

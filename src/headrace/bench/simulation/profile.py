@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LIMIT_S = 600.0
 LONG = 20_000
-MACHINE = "llama-3.1-70b-8xa100"
+MACHINE = "linear"
 FIRST = 500
 
 
@@ -59,9 +59,8 @@ def measured_profile(
 def simulation_pace(traces: Sequence[Path], *, seconds: float) -> dict[str, Any]:
     """How fast a long trace is simulated: a row of kind ``simulation`` with ``virtual_s`` and ``wall_s``.
 
-    The first trace with CSV times is taken whole, or one is drawn of the same density as Azure's hour of conversations; on the
-    table of a large machine, so that it is the engine that is timed. It is cut so that it takes about ``seconds``, judged by
-    its first part.
+    The first trace with CSV times is taken, or one is drawn of the same density as Azure's hour of conversations, on a machine that
+    keeps up with it, so that it is the engine that is timed. It is cut so that it takes about ``seconds``, judged by its first part.
     """
     recorded = next((path for path in traces if ".csv" in path.suffixes), None)
     arrivals = _azure_like() if recorded is None else load_trace(recorded)

@@ -42,11 +42,13 @@ class OpenLoopEngine(Engine):
     """An engine that also takes requests while others run."""
 
     @abstractmethod
-    def replay(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Submit each request ``at_s`` seconds from now, however far behind the engine is.
+    def replay(self, requests: list[dict[str, Any]], cutoff_s: float) -> list[dict[str, Any]]:
+        """Submit each request ``at_s`` seconds from now, however far behind the engine is, and give up ``cutoff_s`` seconds from now.
+
+        What is open then is cancelled, so that the engine is idle for whatever comes next.
 
         Returns:
-            A row per request: ``id``, ``at_s``, ``first_s`` and ``end_s`` (seconds from the start), ``tokens``.
+            A row per request: ``id``, ``at_s``, ``first_s`` and ``end_s`` (seconds from the start) where it came that far, ``tokens``.
         """
 
 
