@@ -18,8 +18,8 @@ from headrace.speculation.trials import Trial, Trials
 TRIAL_DEPTH = 2
 """Layers that are tried: what a source is worth shows in the first ones."""
 
-PLANNING_MS = 0.5
-"""What a trial costs beside drafting and verifying: it has to be planned and learnt from."""
+PLANNING_MS = 0.25
+"""What a step with drafts costs beside drafting and verifying: it has to be planned and learnt from. A trial takes twice that."""
 
 MOST_STEPS, MOST_MS = 64.0, 200.0
 """Steps and milliseconds that pass at most before drafting is judged again."""
@@ -104,7 +104,7 @@ class Switch:
             self._next_trial = float("inf")
             return []
         idle = [s for s in dict.fromkeys([*outlook.free, *outlook.sources]) if s != used]
-        takes = {s: PLANNING_MS + outlook.drafts.draft_ms(s, self._trials.few, TRIAL_DEPTH, 1) for s in idle}
+        takes = {s: 2 * PLANNING_MS + outlook.drafts.draft_ms(s, self._trials.few, TRIAL_DEPTH, 1) for s in idle}
         due = {s: self._trials.due(s, view.now, takes[s]) for s in idle}
         self._next_trial = min(due.values(), default=float("inf"))
         able = [s for s in step.decoding if s.speculate is None and s.remaining > TRIAL_DEPTH]
@@ -131,11 +131,11 @@ class Switch:
         count, tried = len(step.decoding), len(trial.before)
         everybody = min(step.room, nodes * count // max(tried, 1))
         passes = step.passes(everybody)
-        drafting = outlook.drafts.draft_ms(trial.source, count, TRIAL_DEPTH, 1)
+        drafting = PLANNING_MS + outlook.drafts.draft_ms(trial.source, count, TRIAL_DEPTH, 1)
         trial.least = float((drafting + passes[everybody]) / passes[0]) - 1.0
         expected = outlook.drafts.draft_ms(trial.source, tried, TRIAL_DEPTH, 1)
         trial.spent = (
-            PLANNING_MS + max(expected, (step.view.now - trial.began) * 1e3) + float(passes[nodes] - passes[0])
+            2 * PLANNING_MS + max(expected, (step.view.now - trial.began) * 1e3) + float(passes[nodes] - passes[0])
         )
 
     def _settle(self, view: View) -> None:

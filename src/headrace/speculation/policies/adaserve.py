@@ -24,7 +24,7 @@ from headrace.speculation.forest import Counts, Forest
 from headrace.speculation.pace import Pace, share_met
 from headrace.speculation.policies.step import Step, forecast, orders
 from headrace.speculation.select import Selection, best_yield, ladder, select
-from headrace.speculation.switch import Choice, Switch
+from headrace.speculation.switch import PLANNING_MS, Choice, Switch
 from headrace.speculation.trials import Trials
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class AdaServe:
     def _depth(self, step: Step, outlook: Outlook) -> Choice:
         """The source and depth to draft; of those with which about as many requests keep their pace, the one that yields most."""
         promised = [
-            (source, forecast(step, source, self._set.deepest, width=self._set.width))
+            (source, forecast(step, source, self._set.deepest, width=self._set.width, planning_ms=PLANNING_MS))
             for source in dict.fromkeys([*outlook.sources, *outlook.free])
         ]
         found = [(0.0, float(rate), (n, d)) for n, (_, p) in enumerate(promised) for d, rate in enumerate(p.rate)]

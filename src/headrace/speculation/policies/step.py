@@ -129,7 +129,7 @@ class Step:
 
     def drafted(self, width: int = 1) -> float:
         """What it took to draft the candidates, milliseconds."""
-        trees = [t for t in self.trees() if t is not None]
+        trees = [t for t in self.trees() if t is not None and len(t)]
         if self.view.outlook is None or not trees:
             return 0.0
         deepest = max(int(t.depths[-1]) for t in trees)
@@ -185,8 +185,13 @@ def orders(sequences: Sequence[SequenceView], source: str, depths: Sequence[int]
     ]
 
 
-def forecast(step: Step, source: str, deepest: int, *, width: int = 1, prefill: int = 0) -> Forecast:
-    """What each depth of drafting by ``source`` promises for the sequences of ``step`` that decode; the view has an outlook."""
+def forecast(
+    step: Step, source: str, deepest: int, *, width: int = 1, prefill: int = 0, planning_ms: float = 0.0
+) -> Forecast:
+    """What each depth of drafting by ``source`` promises for the sequences of ``step`` that decode; the view has an outlook.
+
+    ``planning_ms`` are what any draft costs beside drafting and verifying it.
+    """
     outlook, count = step.view.outlook, len(step.decoding)
     assert outlook is not None
     chances = outlook.calibration.survival([s.id for s in step.decoding], source, deepest)
@@ -194,5 +199,6 @@ def forecast(step: Step, source: str, deepest: int, *, width: int = 1, prefill: 
     if refusing:
         chances[:, refusing] = 0.0
     drafting = np.array([outlook.drafts.draft_ms(source, count, depth, width) for depth in range(deepest + 1)])
+    drafting[1:] += planning_ms
     most = max(0, min(step.room - prefill, deepest * count))
     return Forecast(chances, drafting, step.passes(most, prefill)[: most + 1])
