@@ -74,11 +74,12 @@ def adaserve(
     need_matplotlib()  # a missing package shall not cost a run
     plan = run.Plan(
         trace=trace,
-        sweep=_sweep(model, policy, rate, requests, seeds, quick),
+        sweep=_sweep(model, policy, rate, requests, seeds),
         real=_setting(policy, shape, precision, load, seconds, threads, quick),
         parts=tuple(part or run.PARTS),
         workers=workers,
         again=again,
+        quick=quick,
     )
     kept = run.rows_of(json_path) if part else []
     result = _with_progress(plan, kept)
@@ -90,7 +91,6 @@ def adaserve(
 
 def _sweep(
     models: list[str] | None, policies: list[str] | None, rates: list[float] | None, count: int | None, seeds: int,
-    quick: bool,
 ) -> Sweep:  # fmt: skip
     from headrace.bench.adaserve import cells
     from headrace.bench.adaserve.setups import POLICIES, SETUPS, policy_named
@@ -109,7 +109,7 @@ def _sweep(
     )  # fmt: skip
     if policies:
         sweep = replace(sweep, ablations=())
-    return cells.quick(sweep) if quick else sweep
+    return sweep
 
 
 def _setting(

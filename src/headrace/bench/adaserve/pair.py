@@ -34,7 +34,7 @@ class Target:
 
     shape: str = "0.3b"
     quantize: str | None = "int8"
-    context: int = 256
+    context: int = 160
     threads: int | None = None
 
     def config(self, model: str) -> EngineConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bench.adaserve import real
-from headrace.bench.adaserve.cells import Sweep
+from headrace.bench.adaserve.cells import Sweep, quick
 from headrace.bench.adaserve.claims import simulated_claims
 from headrace.bench.adaserve.journal import Journal
 from headrace.bench.adaserve.realclaims import real_claims
@@ -43,6 +43,7 @@ class Plan:
         parts: of :data:`PARTS`, those to measure.
         workers: replays at once.
         again: forget what the journal of replays holds.
+        quick: replay a part of the sweep alone.
     """
 
     trace: Path
@@ -51,6 +52,7 @@ class Plan:
     parts: tuple[str, ...] = PARTS
     workers: int = 1
     again: bool = False
+    quick: bool = False
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -90,6 +92,7 @@ def _parts(plan: Plan, report: Report) -> Iterable[Iterable[dict[str, Any]]]:
     pace = pace_of(plan.trace)  # a bad file is found before anything is measured
     if "simulated" in plan.parts:
         sweep = replace(plan.sweep, pace=pace)
+        sweep = quick(sweep) if plan.quick else sweep
         journal = Journal.of(plan.trace, again=plan.again)
         yield simulate(sweep, plan.trace, workers=plan.workers, journal=journal, report=report)
     if "identity" in plan.parts:

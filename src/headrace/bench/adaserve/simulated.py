@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,23 @@ from typing import Any
 from headrace.bench import metrics
 from headrace.bench.adaserve.cells import URGENT, Cell, Sweep
 from headrace.bench.adaserve.journal import Journal
-from headrace.bench.adaserve.setups import SETUPS, Setup, beliefs_for, calibration_for, policy_named
-from headrace.bench.simulation.machines import get_machine
+from headrace.bench.adaserve.setups import (
+    CHAINS,
+    REPLICAS,
+    SETUPS,
+    Setup,
+    beliefs_for,
+    calibration_for,
+    policy_named,
+)
+from headrace.bench.simulation.chains import ChainReplay, NeedsEngine, replay_chains
 from headrace.bench.simulation.published import is_published
 from headrace.bench.simulation.replay import START, Replay
 from headrace.bench.workloads.arrivals import Arrival, requests, rescaled, truncated
 from headrace.bench.workloads.traces import load_trace
-from headrace.core.batch import StepShape
 from headrace.core.clock import VirtualClock
+from headrace.core.outputs import EngineStats
 from headrace.core.policy import Limits
-from headrace.core.protocols import Profile
 from headrace.core.request import SLO
 from headrace.engine.acceptance import AcceptanceModel
 from headrace.engine.acceptance_fit import get_acceptance
@@ -40,20 +47,6 @@ OUTPUT_TOKENS = 256.0
 """Mean answer of the published traces: what a rate of theirs means in tokens."""
 
 Rows = list[dict[str, Any]]
-
-
-@dataclass(slots=True)
-class _Remembered:
-    """A profile that depends on rows alone, remembered by them."""
-
-    profile: Profile
-    known: dict[int, float] = field(default_factory=dict)
-
-    def cost(self, shape: StepShape) -> float:
-        rows = shape.prefill_tokens + shape.decode_tokens
-        if rows not in self.known:
-            self.known[rows] = self.profile.cost(shape)
-        return self.known[rows]
 
 
 def measure(
@@ -99,31 +92,50 @@ def replay(cell: Cell, trace: Path) -> Rows:
     """The rows of one replay, one for each of the cell's SLO scales."""
     setup = SETUPS[cell.model]
     arrivals = workload(trace, setup, cell)
-    clock = VirtualClock(START)
     model = AcceptanceModel(get_acceptance(setup.pair), beliefs_for(cell.policy), seed=cell.seed)
+    started = time.perf_counter()
+    done, counts, ended = _chains(cell, arrivals, setup, model) or through_engine(cell, arrivals, setup, model)
+    common = {
+        "tokens_per_verification": round(1.0 + counts.accepted / max(1, counts.verifications), 3),
+        "nodes_per_verification": round(counts.drafted / max(1, counts.verifications), 3),
+        "steps": counts.steps,
+        "virtual_s": round(ended, 3),
+        "wall_s": round((time.perf_counter() - started) / len(cell.tightness), 2),
+        "published": cell.count is None and is_published(trace),
+    }
+    return [_row(cell, tightness, _judged(done, setup, tightness)) | common for tightness in cell.tightness]
+
+
+def _chains(
+    cell: Cell, arrivals: list[Arrival], setup: Setup, model: AcceptanceModel
+) -> tuple[metrics.Rows, ChainReplay, float] | None:
+    """The replay of a chain of fixed length, without an engine where it comes to the same; None where it may not."""
+    name = REPLICAS.get(cell.policy, cell.policy)
+    if name not in CHAINS:
+        return None
+    profile, length = setup.steps(cell.policy), int(name.removeprefix("spec-"))
+    try:
+        found = replay_chains(arrivals, length, profile, setup.drafting(cell.policy), model, LIMITS)
+    except NeedsEngine:
+        return None
+    return found.rows, found, found.virtual_s
+
+
+def through_engine(
+    cell: Cell, arrivals: list[Arrival], setup: Setup, model: AcceptanceModel
+) -> tuple[metrics.Rows, EngineStats, float]:
+    """Rows, counts and virtual seconds of a replay through the engine."""
+    clock = VirtualClock(START)
     engine = SimulatedEngine(
-        _Remembered(get_machine(setup.machine)),
+        setup.steps(cell.policy),
         policy_named(cell.policy),
         clock,
         limits=LIMITS,
         speculation=SimulatedSpeculation({"draft": model}, setup.drafting(cell.policy), calibration_for(cell.policy)),
     )
-    started = time.perf_counter()
     coming = requests(arrivals, vocab_size=VOCAB, seed=0, start=START)
     done = Replay(engine, clock, clock.advance, coming).run()
-    wall, stats = time.perf_counter() - started, engine.stats()
-    common = {
-        "tokens_per_verification": round(1.0 + stats.accepted / max(1, stats.verifications), 3),
-        "nodes_per_verification": round(stats.drafted / max(1, stats.verifications), 3),
-        "steps": stats.steps,
-        "virtual_s": round(clock.now() - START, 3),
-        "wall_s": round(wall / len(cell.tightness), 2),
-    }
-    published = cell.count is None and is_published(trace)
-    return [
-        _row(cell, tightness, _judged(done, setup, tightness)) | common | {"published": published}
-        for tightness in cell.tightness
-    ]
+    return done, engine.stats(), clock.now() - START
 
 
 def _row(cell: Cell, tightness: float | None, done: metrics.Rows) -> dict[str, Any]:
