@@ -122,7 +122,7 @@ def test_it_listens_while_the_model_loads_and_tells_when_it_is_ready(server: Pro
     assert httpx.get(f"{url}/health").status_code == 503
     server.expect(r"ready: tiny at ")
     assert httpx.get(f"{url}/health").status_code == 200
-    assert "chunked policy, 1 threads" in server.text
+    assert "adaserve policy, 1 threads" in server.text
     assert "warning" not in server.text
 
 

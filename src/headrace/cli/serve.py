@@ -63,7 +63,7 @@ class Engine:
     attention: options.Attention = "auto"
     linears: options.Linears = "auto"
     quantize: options.Quantize = None
-    policy: options.PolicyName = "chunked"
+    policy: options.PolicyName = "adaserve"
     draft: options.Draft = "auto"
     max_sequences: options.MaxSequences = 64
     max_step_tokens: options.MaxStepTokens = 512

@@ -1,7 +1,7 @@
 """Speculation on and off: what was judged of drafting, how long that holds, and what is tried although it was judged too dear.
 
 A judgement costs a fraction of a millisecond, which is nothing beside the step of a large model and much beside that of a small one.
-So a depth is kept for a few steps, and where nothing pays the next judgement waits, longer each time, up to 64 steps or 0.2 s; a
+So a depth is kept for a few steps, and where nothing pays the next judgement waits, longer each time, up to 256 steps or 0.2 s; a
 change in the number of requests brings it forward.
 """
 
@@ -21,7 +21,7 @@ TRIAL_DEPTH = 2
 PLANNING_MS = 0.25
 """What a step with drafts costs beside drafting and verifying: it has to be planned and learnt from. A trial takes twice that."""
 
-MOST_STEPS, MOST_MS = 64.0, 200.0
+MOST_STEPS, MOST_MS = 256.0, 200.0
 """Steps and milliseconds that pass at most before drafting is judged again."""
 
 LEAST_MS = 25.0
