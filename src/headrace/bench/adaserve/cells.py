@@ -67,13 +67,13 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
 
     def cells(self) -> list[Cell]:
-        """All replays, those that matter most first: published rates, overload, SLO scales, further rates, ablations."""
+        """All replays: policies before ablations, and of each published rates, overload, SLO scales and further rates."""
         found: list[Cell] = []
         for seed in self.seeds:
             for group in (self._rates, self._overload, self._tight, self._edges, self._ablations):
                 for model in self.models:
                     found += [replace(cell, count=self.count, seed=seed) for cell in group(model)]
-        return list(dict.fromkeys(found))
+        return sorted(dict.fromkeys(found), key=lambda cell: cell.policy not in RIVALS and cell.policy in ABLATIONS)
 
     def own_rates(self, model: str) -> tuple[float, ...]:
         """Requests a second at which ``model`` is simulated."""
