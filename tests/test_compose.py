@@ -203,3 +203,10 @@ def test_retrieval_that_cannot_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="caps scores"):
         build_engine(config(capped, kv="pq"))
     assert build_engine(config(capped, kv="auto")).kv is None
+
+
+def test_drafts_for_a_policy_without_use_for_them_are_refused(folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="draft is 'ngram', but the policy chunked drafts nothing") as caught:
+        build_engine(config("nowhere", policy="chunked", draft="ngram"))
+    assert caught.value.field == "draft"
+    build_engine(config(folder, policy="chunked", draft="off"))

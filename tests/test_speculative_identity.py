@@ -101,7 +101,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def params(number: int) -> SamplingParams:
-    """Of every kind: greedy, sampled, truncated, penalised, biased, with log-probabilities, with a least length."""
+    """Of every kind: greedy, sampled, truncated, penalised, biased, with log-probabilities, with a least length, with stop tokens."""
     kinds: list[dict[str, object]] = [
         {"temperature": 0.0},
         {"temperature": 0.9},
@@ -111,6 +111,8 @@ def params(number: int) -> SamplingParams:
         {"temperature": 0.0, "frequency_penalty": 1.5, "logprobs": 3},
         {"temperature": 0.6, "logit_bias": {7: 4.0, 9: -50.0}, "logprobs": 0},
         {"temperature": 0.5, "ignore_eos": False, "min_tokens": 5},
+        {"temperature": 0.0, "stop_token_ids": tuple(range(4, tiny.VOCAB, 5))},
+        {"temperature": 1.0, "stop_token_ids": tuple(range(4, tiny.VOCAB, 9)), "logprobs": 2},
     ]
     fields = {"max_tokens": NEW, "seed": number, "ignore_eos": True} | kinds[number % len(kinds)]
     return SamplingParams(**fields)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True, on_rank_lost: L
     from headrace.models.fused.quantise import check_method
     from headrace.models.load import load
 
-    get_policy(config.policy)  # a wrong name shall not cost a load
+    _check_draft(config)  # wrong names shall not cost a load
     check_method(config.quantize)
     is_int8(config.kv_cache_dtype)
     threads = config.threads or default_threads()
@@ -134,6 +134,17 @@ def get_policy(name: str) -> Policy:
         known = ", ".join(sorted({*POLICIES, *SPECULATING}))
         raise InvalidRequest(f"policy is {name!r}: choose one of {known}", field="policy")
     return made()
+
+
+def _check_draft(config: EngineConfig) -> None:
+    """Refuses an unknown policy, and drafts for one that has no use for them."""
+    if isinstance(get_policy(config.policy), DraftingPolicy) or config.draft in ("auto", "off"):
+        return
+    raise InvalidRequest(
+        f"draft is {config.draft!r}, but the policy {config.policy} drafts nothing: leave it away, or choose a policy that "
+        "speculates, such as adaserve",
+        field="draft",
+    )
 
 
 def _drafting(model: LoadedModel, config: EngineConfig, slots: int) -> Drafting | None:

@@ -65,5 +65,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_shape_is_refused_with_the_choices() -> None:
-    with pytest.raises(InvalidRequest, match="125m, 20m"):
+    with pytest.raises(InvalidRequest, match="20m, 125m"):
         engine.run(engine.EngineBench(shape="7b"))

@@ -104,6 +104,28 @@ def test_rescaling_loads_the_machine() -> None:
     assert {len(curve) for panel in simulate.panels(result.rows).values() for curve in panel.values()} == {2}
 
 
+def test_hours_say_of_their_requests_what_the_requests_would() -> None:
+    arrivals = poisson(0.05, 400, seed=4, lengths=[(200, 60)], slo=SLO(tpot_ms=10.5))
+    machine = LinearMachine(10.0, 0.3)
+    whole = simulate.run(Simulation(policies=("chunked",)), arrivals, machine)
+    short = simulate.run(Simulation(policies=("chunked",), by_hour=True), arrivals, machine)
+    rows = [r for r in short.rows if r["kind"] == "hour"]
+    assert [r["hour"] for r in rows] == [0, 1, 2]
+    assert not [r for r in short.rows if r["kind"] == "request"]
+    rate = f"{rows[0]['rate']:g}"
+    requests = [r for r in whole.rows if r["kind"] == "request"]
+    assert short.claims[f"requests_chunked_at_{rate}"] == len(requests)
+    assert short.claims[f"finished_chunked_at_{rate}"] == len(requests)
+    assert short.claims[f"attainment_chunked_at_{rate}"] == pytest.approx(
+        whole.claims[f"attainment_chunked_at_{rate}"], abs=1e-3
+    )
+    assert 0 < short.claims[f"attainment_chunked_at_{rate}"] < 1
+    first = [r["ttft_ms"] for r in requests if r["arrival_s"] - 1.0 < 3600]
+    assert rows[0]["requests"] == len(first)
+    assert rows[0]["ttft_ms_p99"] == pytest.approx(metrics.percentile(first, 99), abs=1e-3)
+    assert short.claims["simulated_hours"] == pytest.approx(2.2, abs=0.3)
+
+
 @pytest.mark.parametrize(("options", "field"), [({"policies": ("fastest",)}, "policy"), ({"rates": (0.0,)}, "rate")])
 def test_wrong_settings_are_named(options: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -126,6 +148,20 @@ def test_the_command(tmp_path: Path) -> None:
     tampered["claims"]["throughput_tok_s_vtc_at_2"] += 1
     out.write_text(json.dumps(tampered))
     assert "throughput_tok_s_vtc_at_2" in recheck(out, {"simulate": simulate.claims})
+
+
+def test_the_command_repeats_a_trace_for_hours(tmp_path: Path) -> None:
+    out, mine = tmp_path / "sim.json", tmp_path / "mine.jsonl"
+    mine.write_text(
+        "".join(f'{{"emission_time_ms": {60_000 * i}, "input_length": 9, "output_length": 3}}\n' for i in range(7))
+    )
+    arguments = ["bench", "simulate", "--trace", str(mine), "--hours", "2", "--policy", "chunked", "--json", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    data = json.loads(out.read_text())
+    assert [r["hour"] for r in data["rows"] if r["kind"] == "hour"] == [0, 1, 2]
+    assert sum(r["requests"] for r in data["rows"] if r["kind"] == "hour") == 121
+    assert recheck(out, {"simulate": simulate.claims}) == {}
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

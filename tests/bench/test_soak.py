@@ -23,10 +23,7 @@ def samples(**of_time: Any) -> list[dict[str, Any]]:
         base = {
             "server_rss_mib": 300 + 60 * min(1.0, share * 5) + noise.random(),
             "engine_rss_mib": 900 + 30 * noise.random(),
-            "server_fds": 20 + noise.randrange(30),
-            "engine_fds": 12,
-            "server_threads": 8,
-            "engine_threads": 6,
+            "server_fds": 20 + int(30 * share) + noise.randrange(30),
             "profile_error_p50": 0.06 + 0.02 * noise.random(),
             "profile_measured_seconds": 1.5 * number,
             "profile_predicted_seconds": 1.6 * number,
@@ -36,7 +33,8 @@ def samples(**of_time: Any) -> list[dict[str, Any]]:
 
 
 def rounds(**of_time: Any) -> list[dict[str, Any]]:
-    base = {"requests": 100, "finished": 100, "tpot_ms_p50": 2.0, "rest_slots_used": 0.0, "rest_running_sequences": 0.0}
+    base = {"requests": 100, "finished": 100, "tpot_ms_p50": 2.0, "rest_slots_used": 0.0, "rest_running_sequences": 0.0,
+            "rest_server_fds": 11, "rest_engine_fds": 8, "rest_server_threads": 8, "rest_engine_threads": 6}  # fmt: skip
     return [
         {"kind": "round", "number": n, "at_s": 30.0 * n, **base, **{name: f(n / 39) for name, f in of_time.items()}}
         for n in range(40)
@@ -47,13 +45,21 @@ def test_growth_while_caches_fill_is_no_leak() -> None:
     assert soak.verdict([*samples(), *rounds()]) == NONE
 
 
+def test_files_are_judged_by_what_was_least_open_where_rest_was_not_looked_at() -> None:
+    def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if not k.startswith("rest_server_fds")} for row in rows]
+
+    assert soak.verdict([*samples(server_fds=lambda t: 11 + int(20 * t) % 7), *bare(rounds())])["leak_files"] == 0.0
+    assert soak.verdict([*samples(server_fds=lambda t: 11 + int(20 * t)), *bare(rounds())])["leak_files"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
         ("leak_memory", [*samples(engine_rss_mib=lambda t: 900 + 40 * t), *rounds()]),
         ("leak_memory", [*samples(server_rss_mib=lambda t: 300 + 25 * t), *rounds()]),
-        ("leak_files", [*samples(server_fds=lambda t: 20 + int(30 * t)), *rounds()]),
-        ("leak_files", [*samples(engine_threads=lambda t: 6 + int(8 * t)), *rounds()]),
+        ("leak_files", [*samples(), *rounds(rest_server_fds=lambda t: 11 + int(10 * t))]),
+        ("leak_files", [*samples(), *rounds(rest_engine_threads=lambda t: 6 + int(8 * t))]),
         ("leak_slots", [*samples(), *rounds(rest_slots_used=lambda t: 64.0 if t == 1 else 0.0)]),
         ("leak_slots", [*samples(), *rounds(rest_running_sequences=lambda t: float(t > 0.5))]),
         ("drift_profile", [*samples(profile_error_p50=lambda t: 0.06 + 0.2 * t), *rounds()]),

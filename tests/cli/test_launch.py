@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from headrace.cli.launch import Launch, _quantised
+from headrace.cli.launch import Launch, _classes, _quantised
 from headrace.core.config import EngineConfig
 from headrace.core.errors import BrokenCheckpoint, EngineUnavailable
 from headrace.core.outputs import EngineStats
 from headrace.core.protocols import ModelCard, Quality
+from headrace.core.request import SLO
 from headrace.server import ServerSettings
+from headrace.server.classes import SLOClasses
 
 
 class Service:
@@ -92,3 +94,13 @@ def test_a_tokenizer_that_cannot_be_read_stops_the_server_whatever_it_raises(mon
 )
 def test_what_was_rounded_is_told_with_its_cost(card: ModelCard, says: str) -> None:
     assert _quantised(card) == says
+
+
+def test_classes_are_told_with_their_targets() -> None:
+    assert _classes(SLOClasses()) == ""
+    known = SLOClasses({"bulk": SLO(), "chat": SLO(1000, 50), "code": SLO(None, 12.5)}, "chat")
+    assert _classes(known) == (
+        "  classes  chat (first token in 1000 ms, 50 ms a token), bulk (no target), code (12.5 ms a token); "
+        "requests that name none are chat\n"
+    )
+    assert _classes(SLOClasses({"bulk": SLO()})).startswith("  classes  none (no target), bulk (no target); ")

@@ -16,9 +16,10 @@ from tests import tiny
 from tests.cli.program import Program
 
 from headrace.cli.launch import check_address, is_local, is_loopback
-from headrace.cli.serve import api_keys, parse_tier
+from headrace.cli.serve import api_keys, slo_classes
 from headrace.core.errors import InvalidRequest
 from headrace.core.request import SLO
+from headrace.server.classes import SLOClasses
 
 
 def test_keys_come_from_options_and_a_file_with_or_without_labels(tmp_path: Path) -> None:
@@ -39,12 +40,48 @@ def test_a_key_is_not_shown_in_the_error_about_its_file(tmp_path: Path) -> None:
     assert "s3cret" not in error.value.message
 
 
-def test_tiers() -> None:
-    assert parse_tier("fast:ttft_ms=300,tpot_ms=40") == ("fast", SLO(300.0, 40.0))
-    assert parse_tier("slow:tpot_ms=2e3") == ("slow", SLO(None, 2000.0))
-    for bad in ("fast", "fast:", ":ttft_ms=1", "fast:ttft=1", "fast:ttft_ms=soon", "fast:ttft_ms=-1", "fast:ttft_ms"):
-        with pytest.raises(InvalidRequest):
-            parse_tier(bad)
+def classes(
+    *given: str, file: Path | None = None, default: str | None = None, tiers: tuple[str, ...] = ()
+) -> SLOClasses:
+    return slo_classes(given, file, default, tiers)
+
+
+def test_classes_come_from_options_and_a_file_and_options_win(tmp_path: Path) -> None:
+    file = tmp_path / "classes.yaml"
+    file.write_text(
+        "default: chat\n"
+        "classes:\n  chat: {tpot: 50ms, ttft: 1s}\n  code: tpot_ms=30\n  batch:\n"
+        "service_tiers:\n  priority: code\n"
+    )
+    found = classes("code:tpot=25ms", "fast:ttft_ms=300,tpot_ms=40", file=file, tiers=("flex=batch",))
+    assert found.classes == {"chat": SLO(1000, 50), "code": SLO(None, 25), "batch": SLO(), "fast": SLO(300, 40)}
+    assert found.default == "chat"
+    assert found.tiers == {"priority": "code", "flex": "batch"}
+    assert classes(file=file, default="code").default == "code"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("classes: [", "not YAML at line"),
+        ("- chat", "mapping called classes"),
+        ("classes: {chat: {tpot: 50}}", "with its unit"),
+        ("classes: {chat: {tpt: 50ms}}", "'tpt' is no target"),
+        ("classes: {chat: 50}", "write {tpot: 50ms"),
+        ("classes: {none: {}}", "meaning of its own"),
+        ("classes: {}\ndefault: chat", "default class is 'chat'"),
+        ("classes: {}\nclases: 1", "'clases' is unknown"),
+        ("classes: {}\nservice_tiers: {flex: bulk}", "'bulk', which is unknown"),
+        ("classes: !!python/object/apply:os.system [true]", "not YAML"),
+    ],
+)
+def test_a_bad_file_of_classes_is_refused_with_its_name_and_the_remedy(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "classes.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest) as error:
+        classes(file=file)
+    assert says in error.value.message
+    assert "\n" not in error.value.message
 
 
 def test_what_is_known_to_be_on_this_machine(tmp_path: Path) -> None:
@@ -85,7 +122,7 @@ def test_it_listens_while_the_model_loads_and_tells_when_it_is_ready(server: Pro
     assert httpx.get(f"{url}/health").status_code == 503
     server.expect(r"ready: tiny at ")
     assert httpx.get(f"{url}/health").status_code == 200
-    assert "chunked policy, 1 threads" in server.text
+    assert "adaserve policy, 1 threads" in server.text
     assert "warning" not in server.text
 
 

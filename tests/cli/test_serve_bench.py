@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,19 @@ def test_a_short_sweep_of_the_real_server(tmp_path: Path) -> None:
     assert "attained" in stdout
     check = bench("check", str(path))
     assert check.returncode == 0, check.communicate()[1]
+
+
+def test_the_closed_loop_is_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from headrace.bench.results import new_result
+    from headrace.cli.serve_bench import _print_closed
+
+    turn = {"kind": "decode", "engine": "headrace", "precision": "fp32", "batch": 8, "decode_tok_s": 321.5, "prefill_tok_s": 900.0,
+            "probe_before_gb_s": 20.0, "probe_after_gb_s": 20.0}  # fmt: skip
+    lost = {"kind": "lost", "engine": "vllm", "precision": "fp32", "why": "vllm gave no answer to 'load' within 300 s"}
+    _print_closed(new_result("serve", [turn, {**turn, "decode_tok_s": 400.5}, lost], lambda rows: {}, (0.0,)))
+    shown = capsys.readouterr()
+    assert re.search(r"headrace +fp32 +8 +361\.0 +321\.5 to 400\.5 +900 +2", shown.out)
+    assert "vllm fp32: vllm gave no answer" in shown.err
 
 
 def test_an_interrupted_soak_keeps_its_rows_and_leaves_no_server(tmp_path: Path) -> None:

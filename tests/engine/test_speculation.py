@@ -238,6 +238,25 @@ def test_drafters_are_told_who_has_ended() -> None:
     assert sorted(prophet.forgotten) == [1, 2]
 
 
+def test_reading_a_prompt_is_no_cost_of_drafting() -> None:
+    """The first draft of a text, for which the drafter reads all of it, teaches nothing about what drafts cost; later ones do."""
+    seen: list[int] = []
+
+    class Noting(Line):
+        def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
+            seen.append(sequences)
+
+    prophet = Prophet(0.0)
+    built = engine(policy=POLICIES["spec-4"](), drafting=Drafting([prophet], OnlineCalibration(), Noting()))
+    prophet.engine = built
+    built.add(request("a", [1] * 30, max_tokens=8, ignore_eos=True))
+    built.step()  # the prompt
+    built.step()
+    assert (built.stats().drafted, seen) == (4, [])
+    built.step()
+    assert (built.stats().drafted, seen) == (8, [1])
+
+
 @pytest.mark.parametrize("fault", ["slots", "token"])
 def test_a_wrong_commit_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Negative control: keeping the wrong slots, or trusting the draft's token, changes the text."""

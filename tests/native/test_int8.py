@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.native.numbers import values
 from torch import Tensor
 
 from headrace.native import build, skinny
@@ -17,10 +18,6 @@ pytestmark = pytest.mark.skipif(not build.available(), reason=f"no compiler: {bu
 # Below, at and beyond panels (32, 16, 8 columns), row tiles (4, 12, 16, 32), steps of K (4, 64) and blocks of rows (256).
 SHAPES = [(1, 1), (5, 3), (31, 17), (32, 64), (33, 63), (64, 65), (70, 256), (97, 130)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 12, 13, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 255, 256, 257, 290]
-
-
-def _values(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _expected(matrix: PackedMatrix, x: Tensor) -> Tensor:
@@ -38,23 +35,23 @@ def _expected(matrix: PackedMatrix, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_has_the_bits_of_integer_arithmetic(isa: str, shape: tuple[int, int]) -> None:
-    matrix = PackedMatrix(_values(*shape, seed=1), storage="int8")
+    matrix = PackedMatrix(values(*shape, seed=1), storage="int8")
     assert matrix.storage == "int8"
     for rows in ROWS:
-        x = _values(rows, shape[1], seed=rows)
+        x = values(rows, shape[1], seed=rows)
         assert torch.equal(matrix.matmul(x), _expected(matrix, x)), rows
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 140), st.integers(1, 300), st.integers(1, 70), st.floats(-3, 3), st.integers(0, 9))
 def test_any_size(isa: str, columns: int, depth: int, rows: int, exponent: float, seed: int) -> None:
-    matrix = PackedMatrix(_values(columns, depth, seed=seed), storage="int8")
-    x = _values(rows, depth, seed=seed + 1) * 10**exponent
+    matrix = PackedMatrix(values(columns, depth, seed=seed), storage="int8")
+    x = values(rows, depth, seed=seed + 1) * 10**exponent
     assert torch.equal(matrix.matmul(x), _expected(matrix, x))
 
 
 def test_a_wrong_weight_is_noticed(isa: str) -> None:
-    weight, x = _values(33, 65, seed=1), _values(20, 65, seed=2)
+    weight, x = values(33, 65, seed=1), values(20, 65, seed=2)
     matrix = PackedMatrix(weight, storage="int8")
     expected = _expected(matrix, x)
     weight[32, 64] += 2 * float(matrix.scales[32])
@@ -62,15 +59,15 @@ def test_a_wrong_weight_is_noticed(isa: str) -> None:
 
 
 def test_bias_is_added(isa: str) -> None:
-    weight, bias, x = _values(37, 70, seed=1), _values(37, seed=2), _values(35, 70, seed=3)
+    weight, bias, x = values(37, 70, seed=1), values(37, seed=2), values(35, 70, seed=3)
     with_bias = PackedMatrix(weight, bias, "int8").matmul(x)
     assert torch.allclose(with_bias, PackedMatrix(weight, storage="int8").matmul(x) + bias, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(33, 255), (97, 130), (256, 768)], ids=str)
 def test_rows_do_not_depend_on_their_batch(isa: str, shape: tuple[int, int]) -> None:
-    matrix = PackedMatrix(_values(*shape, seed=3), _values(shape[0], seed=4), "int8")
-    x = _values(300, shape[1], seed=5)
+    matrix = PackedMatrix(values(*shape, seed=3), values(shape[0], seed=4), "int8")
+    x = values(300, shape[1], seed=5)
     alone = torch.cat([matrix.matmul(x[row : row + 1]) for row in range(len(x))])
     for rows in (*range(2, 70), 128, 257, 300):
         assert torch.equal(matrix.matmul(x[:rows]), alone[:rows]), rows
@@ -81,9 +78,9 @@ def test_tiles_and_dot_products_give_the_same_bits(shape: tuple[int, int]) -> No
     if not skinny.has_tiles():
         pytest.skip("this processor has no matrix tiles")
     library = skinny._library()
-    matrix = PackedMatrix(_values(*shape, seed=6), _values(shape[0], seed=7), "int8")
+    matrix = PackedMatrix(values(*shape, seed=6), values(shape[0], seed=7), "int8")
     for rows in ROWS:
-        levels, scales = quantise_rows(_values(rows, shape[1], seed=rows))
+        levels, scales = quantise_rows(values(rows, shape[1], seed=rows))
         found = [torch.full((rows, shape[0]), torch.nan) for _ in range(2)]
         for tiles, y in enumerate(found):
             library.headrace_int8_matmul(
@@ -93,7 +90,7 @@ def test_tiles_and_dot_products_give_the_same_bits(shape: tuple[int, int]) -> No
 
 
 def test_threads_do_not_change_bits(isa: str) -> None:
-    matrix, x = PackedMatrix(_values(200, 300, seed=8), storage="int8"), _values(45, 300, seed=9)
+    matrix, x = PackedMatrix(values(200, 300, seed=8), storage="int8"), values(45, 300, seed=9)
     before = torch.get_num_threads()
     try:
         results = []
@@ -107,7 +104,7 @@ def test_threads_do_not_change_bits(isa: str) -> None:
 
 
 def test_rounding_is_to_the_nearest_level(isa: str) -> None:
-    x = _values(9, 100, seed=10) * torch.logspace(-20, 20, 9)[:, None]
+    x = values(9, 100, seed=10) * torch.logspace(-20, 20, 9)[:, None]
     levels, scales = quantise_rows(x)
     assert levels.shape == (9, 128)
     assert (levels[:, 100:] == 128).all()
@@ -118,7 +115,7 @@ def test_rounding_is_to_the_nearest_level(isa: str) -> None:
 
 
 def test_weights_are_rounded_to_near_levels() -> None:
-    weight = _values(40, 500, seed=11)
+    weight = values(40, 500, seed=11)
     weight[3] = 0
     matrix = PackedMatrix(weight, storage="int8")
     assert matrix.nbytes < 0.36 * PackedMatrix(weight, storage="float32").nbytes
@@ -130,7 +127,7 @@ def test_weights_are_rounded_to_near_levels() -> None:
 
 
 def test_rows_that_are_not_finite_stay_alone(isa: str) -> None:
-    matrix, x = PackedMatrix(_values(40, 70, seed=12), storage="int8"), _values(40, 70, seed=13)
+    matrix, x = PackedMatrix(values(40, 70, seed=12), storage="int8"), values(40, 70, seed=13)
     clean = matrix.matmul(x)
     x[3, 5], x[17, 0], x[33, 69] = torch.nan, torch.inf, -torch.inf
     x[20] = 0.0
@@ -146,10 +143,10 @@ def test_rows_that_are_not_finite_stay_alone(isa: str) -> None:
 
 
 def test_inputs_may_be_strided_empty_or_transposed() -> None:
-    matrix, wide = PackedMatrix(_values(40, 24, seed=14), storage="int8"), _values(19, 80, seed=15)
+    matrix, wide = PackedMatrix(values(40, 24, seed=14), storage="int8"), values(19, 80, seed=15)
     assert torch.equal(matrix.matmul(wide[:, 8:32]), matrix.matmul(wide[:, 8:32].contiguous()))
     assert torch.equal(matrix.matmul(wide[::2, 8:32]), matrix.matmul(wide[::2, 8:32].contiguous()))
-    tall = _values(24, 5, seed=16)
+    tall = values(24, 5, seed=16)
     assert torch.equal(matrix.matmul(tall.T), matrix.matmul(tall.T.contiguous()))
     assert matrix.matmul(wide[:0, :24]).shape == (0, 40)
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headrace.core.errors import EngineUnavailable, HeadraceError, InvalidRequest
-from headrace.core.outputs import STEP_SECONDS, Counts, EngineStats, RequestTiming, SequenceDelta, TokenLogprobs
+from headrace.core.outputs import (
+    ACCEPTED,
+    STEP_SECONDS,
+    STEP_TOKENS,
+    Counts,
+    EngineStats,
+    RequestTiming,
+    SequenceDelta,
+    TokenLogprobs,
+)
 from headrace.core.policy import Limits
 from headrace.core.protocols import ModelCard, ServiceState
 from headrace.core.request import Request
@@ -159,7 +168,7 @@ class FakeService:
         first = timing.first_token is None
         timing.first_token = timing.first_token or now
         timing.last_token, timing.decoded, timing.cached_tokens = now, timing.decoded + len(tokens), 3
-        delta = SequenceDelta(request.id, index, tokens)
+        delta = SequenceDelta(request.id, index, tokens, steps=0 if first else 1)
         if request.params.logprobs is not None:
             delta.logprobs = [_logprobs(token, request.params.logprobs) for token in tokens]
         if tokens and tokens[-1] == EOS and not request.params.ignore_eos:
@@ -181,10 +190,19 @@ class FakeService:
             slots_total=4096,
             slots_free=4096 - held,
             steps=self.steps,
+            prefill_tokens=sum(len(request.prompt) for request in self.seen),
+            decode_tokens=3 * self.steps,
+            drafted=2 * self.steps,
+            accepted=self.steps,
+            step_limit=512,
             step_ms=2.0,
             forward_ms=1.5,
-            step_seconds=_three(0.002),
-            forward_seconds=_three(0.0015),
+            step_seconds=_filled(STEP_SECONDS, 0.002, 0.002, 0.002),
+            forward_seconds=_filled(STEP_SECONDS, 0.0015, 0.0015, 0.0015),
+            prefill_per_step=_filled(STEP_TOKENS, 7),
+            decode_per_step=_filled(STEP_TOKENS, 3),
+            verify_per_step=_filled(STEP_TOKENS, 0),
+            accepted_per_draft=_filled(ACCEPTED, 2),
             predicted_steps=3,
             predicted_seconds=0.5,
             profile_error_p50=0.04,
@@ -203,9 +221,8 @@ def _logprobs(token: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(token, -1.25, 2, tuple(likely[:top]))
 
 
-def _three(seconds: float) -> Counts:
-    """Three values of ``seconds``."""
-    counts = Counts(STEP_SECONDS)
-    for _ in range(3):
-        counts.add(seconds)
+def _filled(bounds: tuple[float, ...], *values: float) -> Counts:
+    counts = Counts(bounds)
+    for value in values:
+        counts.add(value)
     return counts

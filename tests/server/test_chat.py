@@ -11,6 +11,7 @@ from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.request import SLO, Structure
 from headrace.core.retrieval import Retrieval
+from headrace.server.classes import SLOClasses
 from headrace.server.replies import ChatReply
 
 HELLO = [{"role": "user", "content": "héllo"}]
@@ -64,7 +65,7 @@ def test_generation_prompt_can_be_left_out(serve: Serve, byte_tokenizer) -> None
 
 def test_parameters_reach_the_engine(serve: Serve) -> None:
     service = say("x")
-    running = serve(service, api_keys=(("ann", "k1"),), tiers={"fast": SLO(ttft_ms=100, tpot_ms=20)})
+    running = serve(service, api_keys=(("ann", "k1"),), slo_classes=SLOClasses({"fast": SLO(ttft_ms=100, tpot_ms=20)}))
     running.client("k1").chat.completions.create(
         model=MODEL,
         messages=HELLO,
@@ -112,8 +113,8 @@ def test_parameters_reach_the_engine(serve: Serve) -> None:
     assert not params.skip_special_tokens
     assert params.logit_bias == {65: 3.0}
     assert params.structure == Structure("json_schema", '{"type": "object"}')
-    assert (request.priority, request.tier, request.cache_salt, request.owner) == (-4, "fast", "s", "ann")
-    assert request.slo == SLO(ttft_ms=250, tpot_ms=20)  # the body's target, and the tier's where the body has none
+    assert (request.priority, request.tier, request.cache_salt, request.owner) == (-4, "custom", "s", "ann")
+    assert request.slo == SLO(ttft_ms=250)  # the body decides alone
     assert request.kv == Retrieval("pq", 0.25)
     assert request.arrival > 0
 
@@ -261,6 +262,7 @@ BAD = {
     "min_tokens": {"min_tokens": 9, "max_tokens": 3},
     "service_tier": {"service_tier": "turbo"},
     "slo": {"slo": {"tpot_ms": -1}},
+    "speculate": {"speculate": "maybe"},
     "response_format": {"response_format": {"type": "json_schema"}},
     "structured_outputs": {"structured_outputs": {"regex": "a", "choice": ["b"]}},
     "guided_json": {"guided_json": "{not json"},

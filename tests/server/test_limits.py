@@ -124,4 +124,4 @@ def connect(running: Running) -> socket.socket:
 
 
 def head(running: Running, fields: str) -> bytes:
-    return f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n{fields}\r\n\r\n".encode()
+    return f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{fields}\r\n\r\n".encode()

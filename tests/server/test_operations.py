@@ -11,6 +11,7 @@ from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.errors import EngineUnavailable, HeadraceError
 from headrace.core.request import SLO
+from headrace.server.classes import SLOClasses
 from headrace.server.replies import HealthReply
 from headrace.version import __version__
 
@@ -68,7 +69,7 @@ def test_tokenizer_that_fails_is_tried_again(serve: Serve, byte_tokenizer) -> No
 
 
 def test_counts(serve: Serve) -> None:
-    running = serve(tiers={"fast": SLO(ttft_ms=60_000, tpot_ms=60_000), "never": SLO(ttft_ms=0.001)})
+    running = serve(slo_classes=SLOClasses({"fast": SLO(ttft_ms=60_000, tpot_ms=60_000), "never": SLO(ttft_ms=0.001)}))
     client = running.client()
     client.chat.completions.create(model=MODEL, messages=HELLO, n=2, service_tier="fast")  # type: ignore[arg-type]
     client.chat.completions.create(model=MODEL, messages=HELLO, service_tier="never")  # type: ignore[arg-type]
@@ -82,8 +83,8 @@ def test_counts(serve: Serve) -> None:
     assert found["headrace_http_requests_total{endpoint=none,method=GET,status=404}"] == 1
     assert found["headrace_sequences_finished_total{endpoint=chat_completions,finish_reason=stop}"] == 3
     assert found["headrace_sequences_finished_total{endpoint=completions,finish_reason=length}"] == 1
-    assert found["headrace_slo_requests_total{met=yes,tier=fast}"] == 1
-    assert found["headrace_slo_requests_total{met=no,tier=never}"] == 1
+    assert found["headrace_slo_requests_total{met=yes,slo_class=fast}"] == 1
+    assert found["headrace_slo_requests_total{met=no,slo_class=never}"] == 1
     assert found["headrace_prompt_tokens_total"] == 6 + 6 + 6
     assert found["headrace_generation_tokens_total"] == 2 * 4 + 4 + 3
     assert found["headrace_cached_prompt_tokens_total"] == 9
@@ -162,3 +163,26 @@ def test_access_log(serve: Serve, caplog) -> None:
     caplog.clear()
     serve(access_log=False).http().get("/health")
     assert not [record for record in caplog.records if record.name == "headrace.access"]
+
+
+def test_slack_and_steps(serve: Serve) -> None:
+    running = serve(slo_classes=SLOClasses({"fast": SLO(ttft_ms=60_000, tpot_ms=60_000), "never": SLO(ttft_ms=0.001)}))
+    for name in ("fast", "never", "none"):
+        running.http().post("/v1/completions", json={"prompt": "abcd", "slo": name})
+    found = running.metrics()
+    slack = "headrace_slo_slack_seconds_bucket{{le={},slo_class={},target={}}}"
+    assert found[slack.format("10.0", "fast", "ttft")] == 0  # nearly a minute early
+    assert found[slack.format("100.0", "fast", "ttft")] == found[slack.format("+Inf", "fast", "tpot")] == 1
+    assert found[slack.format("0.0", "never", "ttft")] == 1  # late
+    assert found["headrace_slo_attainment_ratio{slo_class=fast}"] == 1
+    assert found["headrace_slo_attainment_ratio{slo_class=never}"] == 0
+    assert "headrace_slo_attainment_ratio{slo_class=none}" not in found
+    assert not [name for name in found if "slack" in name and "slo_class=none" in name]
+    assert found["headrace_step_limit_tokens"] == 512
+    assert found["headrace_draft_tokens_total"] == 2 * found["headrace_accepted_draft_tokens_total"] > 0
+    assert found["headrace_step_tokens_sum{purpose=prefill}"] == 7
+    assert found["headrace_step_tokens_bucket{le=4,purpose=prefill}"] == 0
+    assert found["headrace_step_tokens_bucket{le=8,purpose=prefill}"] == 1
+    assert found["headrace_step_tokens_count{purpose=verify}"] == 1
+    assert found["headrace_accepted_per_draft_tokens_bucket{le=1}"] == 0
+    assert found["headrace_accepted_per_draft_tokens_bucket{le=2}"] == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.request import SLO, SamplingParams
-from headrace.server.sampling import parse_slo_header, resolve_slo, sampling_params
+from headrace.core.request import SamplingParams
+from headrace.server.sampling import sampling_params
 from headrace.server.schemas import ChatBody, CompletionBody
 
 
@@ -39,53 +39,3 @@ def test_empty_stop_list_is_none() -> None:
 def test_bias_keys(key: str) -> None:
     with pytest.raises(InvalidRequest, match="logit_bias"):
         sampling_params(chat(logit_bias={key: 1}), 1)
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        (None, {}),
-        ("", {}),
-        ("ttft_ms=200", {"ttft_ms": 200}),
-        ("ttft_ms=200,tpot_ms=50", {"ttft_ms": 200, "tpot_ms": 50}),
-        (" tpot_ms=0.5 ,", {"tpot_ms": 0.5}),
-    ],
-)
-def test_header(header, expected) -> None:
-    assert parse_slo_header(header) == expected
-
-
-@pytest.mark.parametrize(
-    "header", ["x", "ttft=1", "ttft_ms=-1", "ttft_ms=0", "ttft_ms=1e9", "ttft_ms=nan", "ttft_ms=1;tpot_ms=2"]
-)
-def test_bad_header(header: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        parse_slo_header(header)
-    assert caught.value.field == "X-Headrace-SLO"
-
-
-def test_precedence_body_header_tier() -> None:
-    tiers = {"fast": SLO(1, 2)}
-    known = ("default", "fast")
-
-    def resolve(header=None, **fields) -> SLO:
-        return resolve_slo(chat(**fields), header, tiers, known)
-
-    assert resolve() == SLO()
-    assert resolve(service_tier="default") == SLO()
-    assert resolve(service_tier="fast") == SLO(1, 2)
-    assert resolve("ttft_ms=3", service_tier="fast") == SLO(3, 2)
-    assert resolve("ttft_ms=3,tpot_ms=4", service_tier="fast", slo={"tpot_ms": 5}) == SLO(3, 5)
-    with pytest.raises(InvalidRequest, match="default, fast"):
-        resolve(service_tier="fsat")
-
-
-def test_structure_needs_a_schema_object() -> None:
-    for broken in ("[1]", "3", "{", "[" * 5000):
-        with pytest.raises(InvalidRequest) as caught:
-            sampling_params(chat(guided_json=broken), 1)
-        assert caught.value.field == "guided_json"
-    with pytest.raises(InvalidRequest):
-        sampling_params(chat(structured_outputs={}), 1)
-    with pytest.raises(InvalidRequest):
-        sampling_params(chat(guided_choice=[]), 1)

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.request import SLO
 from headrace.server import ServerSettings
 
 
@@ -35,11 +34,6 @@ def test_nonsense_is_refused_by_name(wrong: dict) -> None:
 
 def test_zero_is_a_fine_drain_timeout() -> None:
     assert ServerSettings(drain_timeout_s=0, accept_wait_s=0).drain_timeout_s == 0
-
-
-def test_tiers_stand_beside_those_of_openai() -> None:
-    names = ServerSettings(tiers={"fast": SLO(1), "default": SLO(2)}).tier_names()
-    assert names == ("auto", "default", "flex", "scale", "priority", "fast")
 
 
 def test_keys_are_kept_as_digests() -> None:

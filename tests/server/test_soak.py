@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,30 +17,19 @@ from tests.server.conftest import Running, Serve, eventually
 from tests.server.fake_service import FakeService
 from tests.server.swarm import Report, Swarm
 
+from headrace.bench.sampler import Sampler
+
 MIB = 1 << 20
 KINDS = {"streamed", "whole", "left a stream", "left a wait", "read slowly", "malformed"}
 
 
-class Watch:
+class Watch(Sampler):
     """Resident memory of a process, sampled while something runs, in MiB."""
 
     def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
+        process = psutil.Process(pid)
         self.samples: list[float] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.5):
-            self.samples.append(self._process.memory_info().rss / MIB)
+        super().__init__(lambda: self.samples.append(process.memory_info().rss / MIB), 0.5)
 
     def growth(self) -> float:
         """Mean of the last fifth minus mean of the second fifth (the first one warms up)."""

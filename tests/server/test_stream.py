@@ -142,7 +142,7 @@ def test_leaving_cancels(serve: Serve, stream: bool) -> None:
     running = serve(service)
     body = json.dumps({"model": MODEL, "messages": HELLO, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: len(service.live) == 1)
         if stream:
@@ -158,7 +158,7 @@ def test_leaving_before_the_first_token_cancels(serve: Serve) -> None:
     running = serve(service, accept_wait_s=20)
     body = json.dumps({"model": MODEL, "messages": HELLO, "stream": True}).encode()
     with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: len(service.live) == 1)
     assert eventually(lambda: not service.live)
@@ -180,9 +180,7 @@ def test_slow_reader_gets_everything_in_fewer_events(serve: Serve) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        )
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: service.steps >= 3750, 20), "the engine must not wait for the reader"
         assert eventually(lambda: not service.live), "a slow reader must not hold the engine"
@@ -220,7 +218,7 @@ def test_reader_that_never_reads_is_cut(serve: Serve) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: running.serving.open_requests == 1)
         assert eventually(lambda: running.serving.open_requests == 0)

@@ -127,3 +127,25 @@ def test_survival_follows_what_drafts_promise_and_what_they_do_not_offer() -> No
     for _ in range(300):
         calibration.calibrated(1, empty_tree("draft"))
     assert calibration.survival([2], "draft", 8)[0, 0] < 0.05
+
+
+def test_the_first_drafts_of_a_source_count_for_more() -> None:
+    """A source that offers nothing is known for it after some tens of drafts; one that is known to be good is not forgotten as soon."""
+    fresh, known = OnlineCalibration(), OnlineCalibration()
+    for _ in range(400):
+        known.calibrated(1, DraftTree.chain([1, 2], [0.9, 0.9], "draft"))
+    for _ in range(20):
+        fresh.calibrated(1, empty_tree("draft"))
+        known.calibrated(1, empty_tree("draft"))
+    assert fresh.survival([2], "draft", 1)[0, 0] < 0.2
+    assert known.survival([2], "draft", 1)[0, 0] > 0.5
+
+
+def test_layers_that_are_not_drafted_do_not_stay_as_bad_as_they_were() -> None:
+    calibration = OnlineCalibration()
+    for _ in range(300):
+        calibration.calibrated(1, DraftTree.chain(range(6), [0.1] * 6, "draft"))
+    assert calibration.survival([2], "draft", 6)[3, 0] < 1e-3
+    for _ in range(300):
+        calibration.calibrated(1, DraftTree.chain(range(2), [0.9] * 2, "draft"))
+    assert calibration.survival([2], "draft", 6)[3, 0] > 0.4

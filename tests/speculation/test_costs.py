@@ -24,6 +24,16 @@ def test_sizes_are_told_apart_and_the_nearest_stands_in() -> None:
     assert times.draft_ms("draft", 64, 1, 1) == 40.0
 
 
+def test_a_hiccup_at_a_new_size_is_not_believed() -> None:
+    """However large a size is, it costs at most so many times as much more as it has rows, and thrice for bad luck."""
+    times = DraftTimes()
+    times.observe("draft", 8, 1, 1, 2.0)
+    times.observe("draft", 16, 1, 1, 900.0)
+    assert times.draft_ms("draft", 16, 1, 1) == pytest.approx(12.0)
+    times.observe("other", 16, 1, 1, 900.0)  # nothing to compare it with
+    assert times.draft_ms("other", 16, 1, 1) == 900.0
+
+
 def test_a_change_is_followed_and_a_hiccup_is_not() -> None:
     times = DraftTimes()
     times.observe("draft", 1, 1, 1, 2.0)

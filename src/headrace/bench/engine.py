@@ -16,21 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrace.bench.checkpoints.shapes import shape_named
+from headrace.bench.closedloop.testmodel import random_llama
 from headrace.bench.results import Result, Rows, new_result
 from headrace.core.config import EngineConfig
-from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
 from headrace.core.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from headrace.models.loaded import LoadedModel
-
-SHAPES: dict[str, dict[str, int]] = {
-    "125m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "num_key_value_heads": 4, "vocab_size": 32_000},
-    "20m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
-            "num_key_value_heads": 2, "vocab_size": 16_000},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +53,10 @@ def run(bench: EngineBench, *, report: Callable[[str], None] = lambda line: None
 
     from headrace.compose import default_threads
 
-    if bench.shape not in SHAPES:
-        raise InvalidRequest(f"shape is {bench.shape!r}: choose one of {', '.join(SHAPES)}", field="shape")
+    vocab = shape_named(bench.shape).vocab_size
     load_before = os.getloadavg()
     torch.set_num_threads(bench.threads or default_threads())
     generator = torch.Generator().manual_seed(bench.seed)
-    vocab = SHAPES[bench.shape]["vocab_size"]
 
     def prompts(batch: int) -> list[list[int]]:
         return torch.randint(5, vocab, (batch, bench.prompt), generator=generator).tolist()
@@ -107,13 +99,7 @@ def claims(rows: Rows) -> dict[str, float]:
 
 def _module(bench: EngineBench) -> Any:
     """A Llama of the shape with random weights; the same ones on every call."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(bench.seed)
-    shape: dict[str, Any] = SHAPES[bench.shape]
-    module: Any = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=False))
-    module.eval()
+    module = random_llama(bench.shape, bench.seed)
     module.generation_config.eos_token_id = None
     return module
 

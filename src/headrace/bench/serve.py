@@ -7,6 +7,7 @@ or peer that dies costs its rows and not the run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +21,18 @@ from headrace.bench.openloop.sweep import Pace, Sweep, by_point, figures
 from headrace.bench.openloop.systems import HTTPSystem, SessionSystem, System
 from headrace.bench.results import Result, new_result
 from headrace.bench.simulation import against_real as simreal
+from headrace.bench.simulation.calibrate import calibrated
+from headrace.bench.simulation.machine import Machine
 from headrace.bench.simulation.profile import measured_profile, simulation_pace
+from headrace.bench.workloads.traces import load_trace
 from headrace.core.config import EngineConfig
 from headrace.core.errors import HeadraceError, InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.bench.closedloop import decode
+    from headrace.core.protocols import Profile
+
+log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -34,8 +41,12 @@ SWEPT_PEERS = ("vllm", "openvino", "transformers-cb")
 """Peers that take requests while others run: over HTTP, or by feeding their scheduler in their own process."""
 
 OURS = "headrace"
-QUICK = Pace(fractions=(0.3, 0.7, 1.0), seeds=(0,), seconds=4.0, grace_s=1.5, saturate_s=3.0, concurrency=16, lone=5)
+QUICK = Pace(fractions=(0.3, 0.7, 1.0), seeds=(0,), seconds=4.0, grace_s=1.5, saturate_s=3.0, concurrency=16, lone=5,
+             widths=(1, 4, 16), width_s=1.5)  # fmt: skip
 TRACE_FRACTIONS = (0.5, 0.8)
+PEER_LOAD_S = 300.0
+"""Seconds that a peer may take until it can take part in the sweep."""
+
 GOAL = 0.9
 """Attainment that a rate must keep to count as served."""
 
@@ -101,11 +112,13 @@ def run(
         on_part: told how many parts of how many are done.
 
     Returns:
-        The result; ``partial`` when it was interrupted.
+        The result; ``partial`` when it was interrupted, or when a part ended early: a row of kind ``skipped`` says why.
 
     Raises:
-        HeadraceError: the server itself cannot be started, or a trace cannot be read.
+        HeadraceError: a trace cannot be read, or nothing at all could be measured.
     """
+    for path in setting.traces:
+        load_trace(path, baseline_tpot_ms=1.0)  # what is wrong with it shall not show after minutes
     load_before = os.getloadavg()
     rows: list[dict[str, Any]] = []
     partial = False
@@ -117,7 +130,16 @@ def run(
     try:
         for done, part in enumerate(parts):
             on_part(done, len(parts))
-            part()
+            try:
+                part()
+            except Exception as error:
+                if not rows:
+                    raise
+                partial = True
+                reason = error.message if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+                log.warning("a part of the benchmark ended early", exc_info=not isinstance(error, HeadraceError))
+                report(f"ended early: {reason}")
+                rows.append({"kind": "skipped", "system": OURS, "load": "", "reason": f"ended early: {reason}"})
         on_part(len(parts), len(parts))
     except KeyboardInterrupt:
         partial = True
@@ -130,13 +152,13 @@ def _closed(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str]
     closed = setting.closed or decode.Setting(folder=setting.peers, threads=setting.threads, seed=setting.seed)
     if setting.quick:
         closed = decode.quick(closed)
-    rows.extend(decode.run(closed, report=report))
+    decode.run(closed, rows=rows, report=report)
 
 
 def _open(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> None:
     """The server, its sweep with peers, the recorded workloads, and the simulation of all that."""
     # Before the server starts, which then finds the profile stored and need not measure its own.
-    profile = measured_profile(setting, rows, report) if "simulation" not in setting.skip else None
+    profile = _profile(setting, rows, report) if "simulation" not in setting.skip else None
     report("starting headrace serve")
     pace = QUICK if setting.quick else setting.pace
     with contextlib.ExitStack() as stack:
@@ -146,20 +168,30 @@ def _open(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], 
         ours = HTTPSystem(OURS, served.url, served.model, served)
         drawn = drawn_load(model.context, seed=setting.seed)
         lone = sweep.lone(ours, drawn)
-        rate, shots = sweep.saturation(ours, drawn)
+        rate = sweep.saturation(ours, drawn)
         loads = [recorded_load(path, model.context, lone, seed=setting.seed) for path in setting.traces]
         served.pause()
         peers = [] if setting.quick or "peers" in setting.skip else list(_peers(setting, model, rows, stack, report))
         served.resume()
-        sweep.run([ours, *peers], drawn, rate, lone)
+
+        def calibrate() -> None:
+            if profile is not None:
+                sweep.level(ours, drawn)
+
+        sweep.run([ours, *peers], drawn, rate, lone, between=calibrate)
         _recorded(sweep, ours, loads, lone)
         slots = int(served.stats().get("slots", 0)) or 1 << 17
     if profile is not None:
         limits = setting.engine().limits
-        machine = simreal.Machine(profile, setting.policy, limits, slots, served.context, front_ms=lone.front_ms)
-        _simulate(sweep, machine, shots, rows, report)
+        _simulate(sweep, Machine(profile, setting.policy, limits, slots, served.context), rows, report)
         report("simulating a long trace")
         rows.append(simulation_pace(setting.traces, seconds=5.0 if setting.quick else 20.0))
+
+
+def _profile(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> Profile:
+    report("measuring what steps cost")
+    repeats, seconds = (1, 8.0) if setting.quick else (5, 60.0)
+    return measured_profile(setting.model, setting.options(), rows, repeats=repeats, seconds=seconds)
 
 
 def _recorded(sweep: Sweep, ours: HTTPSystem, loads: Sequence[Load], lone: Lone) -> None:
@@ -168,7 +200,7 @@ def _recorded(sweep: Sweep, ours: HTTPSystem, loads: Sequence[Load], lone: Lone)
     sweep.pace = replace(full, fractions=TRACE_FRACTIONS, seeds=full.seeds[:1], saturate_s=full.saturate_s / 2)
     for load in loads:
         try:
-            rate, _ = sweep.saturation(ours, load)
+            rate = sweep.saturation(ours, load)
         except HeadraceError as error:
             sweep.skip(ours, load, f"lost: {error.message}")
             continue
@@ -195,7 +227,7 @@ def _peers(
         try:
             session = peers.start(
                 peer, hub.resolve(setting.model), "fp32", threads=setting.threads, context=model.context,
-                sequences=setting.pace.concurrency, report=report,
+                sequences=setting.engine().limits.max_sequences, load_s=PEER_LOAD_S, report=report,
             )  # fmt: skip
         except HeadraceError as error:
             rows.append({"kind": "skipped", "system": peer.name, "load": "", "reason": f"lost: {error.message}"})
@@ -215,26 +247,15 @@ def _peers(
         yield system
 
 
-def _simulate(
-    sweep: Sweep,
-    machine: simreal.Machine,
-    shots: Sequence[Any],
-    rows: list[dict[str, Any]],
-    report: Callable[[str], None],
-) -> None:
+def _simulate(sweep: Sweep, machine: Machine, rows: list[dict[str, Any]], report: Callable[[str], None]) -> None:
     """Every case that was replayed on the server again in simulation, with and without calibration."""
-    lone = next(r for r in rows if r["kind"] == "lone")
-    full = next(r for r in rows if r["kind"] == "saturation")
-    seen = simreal.Calibration(
-        lone["ttft_ms"], lone["prompt_tokens"], lone["tpot_ms"], lone["prompt_tokens"] + lone["output_tokens"] // 2,
-        shots, full["seconds"], full["tokens_per_s"],
-        full["concurrency"],
-    )  # fmt: skip
     report("fitting what a server adds to a step")
-    hosted = simreal.calibrated(machine, seen)
-    rows.append({"kind": "calibration", "fixed_ms": round(hosted.fixed_ms, 4), "sequence_ms": round(hosted.sequence_ms, 5),
-                 "prompt_ms": round(hosted.prompt_ms, 4),
-                 "front_ms": machine.front_ms})  # fmt: skip
+    try:
+        fit = calibrated(machine, sweep.levels)
+    except ValueError as error:
+        rows.append({"kind": "skipped", "system": OURS, "load": "simulated", "reason": str(error)})
+        return
+    rows.append(fit.row())
     real: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "request" and row["system"] == OURS:
@@ -243,7 +264,7 @@ def _simulate(
         report(f"simulating {case.load.name} at {case.fraction:g}")
         mine = real.get(tuple(case.labels.values()), [])
         if mine:
-            for flag, used in ((True, replace(machine, profile=hosted)), (False, machine)):
+            for flag, used in ((True, fit.machine), (False, replace(machine, front=fit.machine.front))):
                 rows.extend(simreal.simulate_case(used, case, mine, calibrated=flag))
 
 
@@ -276,7 +297,8 @@ def claims(rows: Rows) -> dict[str, float]:
 
 def sweep_claims(rows: Rows) -> dict[str, float]:
     """Of the drawn workload, per system: the highest rate that keeps :data:`GOAL`, and at each fraction attainment and goodput
-    against the best peer. ``late_sends_share`` says what share of all requests the client sent late."""
+    against the best peer. ``late_sends_share`` says what share of all requests the client sent late, ``busy_elsewhere_cores`` how
+    many cores programs that are not ours kept busy meanwhile."""
     points = {k: figures(v) for k, v in by_point(rows).items()}
     rates = {(r["load"], r["fraction"]): r["rate"] for r in rows if r["kind"] == "run"}
     found: dict[str, float] = {}
@@ -297,6 +319,9 @@ def sweep_claims(rows: Rows) -> dict[str, float]:
     sent = [r for r in rows if r["kind"] == "run" and r.get("sent")]
     if sent:
         found["late_sends_share"] = sum(r["late"] for r in sent) / sum(r["sent"] for r in sent)
+    elsewhere = [r["elsewhere_cores"] for r in rows if r["kind"] == "run" and "elsewhere_cores" in r]
+    if elsewhere:
+        found["busy_elsewhere_cores"] = statistics.fmean(elsewhere)
     full = [r["requests_per_s"] for r in rows if r["kind"] == "saturation" and r["load"] == "poisson"]
     if full:
         found["saturation_requests_per_s"] = statistics.median(full)

@@ -38,6 +38,7 @@ class Simulation:
         context: longest prompt plus output; longer requests are cut.
         prefix_cache: share the K and V of equal prefixes.
         seed: of the tokens.
+        by_hour: keep figures of each hour's requests instead of a row for each request.
     """
 
     policies: tuple[str, ...] = ("chunked", "prefill-first")
@@ -47,6 +48,7 @@ class Simulation:
     context: int = 1 << 14
     prefix_cache: bool = False
     seed: int = 0
+    by_hour: bool = False
 
     def __post_init__(self) -> None:
         for name in self.policies:
@@ -64,7 +66,10 @@ def run(
     *,
     report: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """Replay ``arrivals`` under every policy at every rate. Rows: one ``kind`` "request" per request and "run" per replay."""
+    """Replay ``arrivals`` under every policy at every rate.
+
+    Rows: one of ``kind`` "request" per request (or "hour" per hour of arrivals), and one of "run" per replay.
+    """
     load_before = os.getloadavg()
     cut = within_context(arrivals, min(simulation.context, simulation.slots))
     rows: list[dict[str, Any]] = []
@@ -72,7 +77,8 @@ def run(
         paced = rescaled(cut, rate) if simulation.rates else rescaled(cut, own_rate(cut))
         for policy in simulation.policies:
             report(f"{policy} at {rate:.3g} requests/s")
-            rows += replay(simulation, paced, profile, policy, rate)
+            found = replay(simulation, paced, profile, policy, rate)
+            rows += [*hours(found[:-1]), found[-1]] if simulation.by_hour else found
     return new_result("simulate", rows, claims, load_before)
 
 
@@ -99,6 +105,18 @@ def replay(
     return [*({"kind": "request", **case, **row} for row in done), of_run]
 
 
+def hours(requests: ResultRows) -> list[dict[str, Any]]:
+    """A row of kind "hour" per hour of arrivals: figures of its requests, and the case they belong to."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for row in requests:
+        found.setdefault(int((row["arrival_s"] - START) // 3600), []).append(row)
+    return [
+        {"kind": "hour", "policy": mine[0]["policy"], "rate": mine[0]["rate"], "hour": hour,
+         **{name: round(value, 4) for name, value in metrics.summary(mine).items() if value == value}}
+        for hour, mine in sorted(found.items())
+    ]  # fmt: skip
+
+
 def own_rate(arrivals: Sequence[Arrival]) -> float:
     """Requests a second of a trace as recorded."""
     span = arrivals[-1].time_s - arrivals[0].time_s if arrivals else 0.0
@@ -113,9 +131,27 @@ def claims(rows: ResultRows) -> dict[str, float]:
         for name in SHOWN:
             if figures[name] == figures[name]:  # NaN where nothing finished
                 found[f"{name}_{policy}_at_{rate:g}"] = round(figures[name], 4)
+    found |= _of_hours([r for r in rows if r["kind"] == "hour"])
     runs = [r for r in rows if r["kind"] == "run"]
     wall = sum(r["wall_s"] for r in runs)
     found["sim_hours_per_minute"] = round(sum(r["virtual_s"] for r in runs) / 3600 / (wall / 60), 3) if wall else 0.0
+    found["simulated_hours"] = round(sum(r["virtual_s"] for r in runs) / 3600, 3)
+    found["simulation_minutes"] = round(wall / 60, 3)
+    return found
+
+
+def _of_hours(rows: ResultRows) -> dict[str, float]:
+    """What can be said of a case of which only hours are known: counts, attainment, and the worst hour's tails."""
+    found: dict[str, float] = {}
+    for policy, rate in dict.fromkeys((r["policy"], r["rate"]) for r in rows):
+        mine = [r for r in rows if (r["policy"], r["rate"]) == (policy, rate)]
+        requests = sum(r["requests"] for r in mine)
+        case = f"{policy}_at_{rate:g}"
+        found[f"requests_{case}"] = requests
+        found[f"finished_{case}"] = sum(r["finished"] for r in mine)
+        found[f"attainment_{case}"] = round(sum(r["attainment"] * r["requests"] for r in mine) / requests, 4)
+        for name in ("ttft_ms_p99", "tpot_ms_p99"):
+            found[f"{name}_worst_hour_{case}"] = max(r[name] for r in mine if name in r)
     return found
 
 

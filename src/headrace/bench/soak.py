@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from headrace.bench.openloop.served import Served
 from headrace.bench.openloop.sweep import Pace, Sweep
 from headrace.bench.openloop.systems import HTTPSystem
 from headrace.bench.results import Result, new_result
+from headrace.bench.sampler import Sampler
 from headrace.bench.serve import OURS, Setting, model_of
 from headrace.bench.simulation.prediction import drift
 from headrace.core.errors import InvalidRequest
@@ -28,8 +28,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 SAMPLE_S = 2.0
 REST_S = 1.0
+SATURATE_S = 15.0
+"""Length of the run that the load is a share of: a short one on a machine with moods would overload it for the rest of the soak."""
+
 SETTLED = 0.25
 """Share of a soak that is warm-up: caches fill, pools grow to their size, the prefix cache takes its slots."""
+
+HELD = ("server_fds", "engine_fds", "server_threads", "engine_threads")
 
 MIB = 1 << 20
 LEAK_MIB_PER_HOUR = 60.0
@@ -46,14 +51,17 @@ class Soak:
         minutes: of load, after saturation was found.
         load: share of saturation.
         round_s: length of a round; between rounds everything must come to rest.
+        kv_gib: of the server's K and V: small, so that the prefix cache is full within the first minutes and evicts for the
+            rest of the time. Memory that still grows then is a leak.
     """
 
     minutes: float = 20.0
     load: float = 0.8
     round_s: float = 30.0
+    kv_gib: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "load", "round_s"):
+        for name in ("minutes", "load", "round_s", "kv_gib"):
             if not getattr(self, name) > 0:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}: give a number above 0", field=name)
 
@@ -69,7 +77,8 @@ def run(setting: Setting, soak: Soak, *, report: Callable[[str], None] = lambda 
     rows: list[dict[str, Any]] = []
     partial = False
     try:
-        with Served(setting.model, ["--policy", setting.policy, *setting.options()]) as served:
+        options = ["--policy", setting.policy, "--kv-gib", str(soak.kv_gib), *setting.options()]
+        with Served(setting.model, options) as served:
             _soak(setting, soak, served, rows, report)
     except KeyboardInterrupt:
         partial = True
@@ -80,18 +89,23 @@ def _soak(
     setting: Setting, soak: Soak, served: Served, rows: list[dict[str, Any]], report: Callable[[str], None]
 ) -> None:
     model = model_of(setting, served)
-    sweep = Sweep(model, Pace(saturate_s=6.0), setting.seed, rows, report)
+    sweep = Sweep(model, Pace(saturate_s=SATURATE_S), setting.seed, rows, report)
     ours = HTTPSystem(OURS, served.url, served.model, served)
     drawn = drawn_load(model.context, seed=setting.seed)
     lone = sweep.lone(ours, drawn)
-    rate = sweep.saturation(ours, drawn)[0] * soak.load
+    rate = sweep.saturation(ours, drawn) * soak.load
     begun, number = time.monotonic(), 0
+
+    def look() -> None:
+        if found := sample(served):
+            rows.append({"kind": "sample", "at_s": round(time.monotonic() - begun, 2), **found})
+
     while (passed := time.monotonic() - begun) < soak.minutes * 60:
         seconds = min(soak.round_s, soak.minutes * 60 - passed)
         report(f"minute {passed / 60:.1f} of {soak.minutes:g}: {rate:.1f} requests/s")
         arrivals = with_classes(drawn.piece(rate, seconds, seed=number, most=100_000), lone, seed=number)
         shots = model.shots(arrivals, seed=10_000 + number)
-        with Sampler(served, begun, rows):
+        with Sampler(look, SAMPLE_S):
             replayed = ours.replay(shots, cutoff_s=seconds + 10.0)
         time.sleep(REST_S)
         rows.append(round_row(number, passed, replayed.rows, replayed.client, _at_rest(served)))
@@ -122,32 +136,10 @@ def round_row(
 
 
 def _at_rest(served: Served) -> dict[str, float]:
-    stats = served.stats()
-    wanted = ("slots_used", "running_sequences", "waiting_sequences", "open_requests")
-    return {f"rest_{name}": stats[name] for name in wanted if name in stats}
-
-
-class Sampler:
-    """Samples the server's processes and counters into ``rows`` in a thread of its own, within the block."""
-
-    def __init__(self, served: Served, begun: float, rows: list[dict[str, Any]]) -> None:
-        self._served, self._begun, self._rows = served, begun, rows
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            found = sample(self._served)
-            if found:
-                self._rows.append({"kind": "sample", "at_s": round(time.monotonic() - self._begun, 2), **found})
+    held = sample(served)
+    held |= {"open_requests": served.stats().get("open_requests", 0.0)}
+    wanted = ("slots_used", "running_sequences", "waiting_sequences", "open_requests", *HELD)
+    return {f"rest_{name}": held[name] for name in wanted if name in held}
 
 
 def sample(served: Served) -> dict[str, float]:
@@ -175,7 +167,8 @@ def verdict(rows: Rows) -> dict[str, float]:
 
     - ``leak_memory``: the robust slope (Theil-Sen) of either process's RSS is above 60 MiB an hour and it gained more than 2 %
       over the time.
-    - ``leak_files``: more open files or threads in the last tenth than ever in the first tenth, medians, by 3 or more.
+    - ``leak_files``: at rest after a round, more open files or threads in the last third (median) than ever in the first third, by
+      3 or more. Under load each open request has a file.
     - ``leak_slots``: after any round slots are held, or sequences or requests open, although nothing is asked.
     - ``drift_profile``: the median error of step predictions in the last third is above 15 % and above that of the first
       third by half, or predictions lean (sum of predicted over sum of measured) by 15 points more to one side at the end.
@@ -187,7 +180,7 @@ def verdict(rows: Rows) -> dict[str, float]:
     held = any(
         r.get(f"rest_{n}", 0) > 0 for r in rounds for n in ("slots_used", "running_sequences", "waiting_sequences")
     )
-    files = any(_climbs(settled, f"{name}_{what}") for name in ("server", "engine") for what in ("fds", "threads"))
+    files = any(_climbs(rounds, settled, name) for name in HELD)
     errors = [r["profile_error_p50"] for r in settled if "profile_error_p50" in r]
     first, last = _thirds(errors)
     leaning = abs(drift(settled).get("profile_bias_drift", 0.0)) > DRIFT_ERROR
@@ -245,10 +238,15 @@ def _grows(rows: Rows, name: str) -> bool:
     return slope_per_hour(rows, name) > LEAK_MIB_PER_HOUR and gained > LEAK_SHARE
 
 
-def _climbs(rows: Rows, name: str) -> bool:
-    values = [r[name] for r in rows if name in r]
-    tenth = max(1, len(values) // 10)
-    return bool(values) and statistics.median(values[-tenth:]) >= max(values[:tenth]) + 3
+def _climbs(rounds: Rows, samples: Rows, name: str) -> bool:
+    """Whether more of ``name`` is held in the last third: at rest, or where that is not known, at the least under load."""
+    values = [r[f"rest_{name}"] for r in rounds if f"rest_{name}" in r]
+    if values:
+        third = len(values) // 3
+        return third > 0 and statistics.median(values[-third:]) >= max(values[:third]) + 3
+    values = [r[name] for r in samples if name in r]
+    third = len(values) // 3
+    return third > 0 and min(values[-third:]) >= min(values[:third]) + 3
 
 
 def _thirds(values: Sequence[float]) -> tuple[float, float]:

@@ -112,7 +112,8 @@ def quality(
 @bench.command()
 def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     """Compute the claims of a result file again from its rows; exit status 2 when they differ."""
-    from headrace.bench import adaserve, engine, gpu, make_model, quality, serve, simulate, soak
+    from headrace.bench import engine, gpu, make_model, quality, serve, simulate, soak
+    from headrace.bench.adaserve import run as adaserve_run
     from headrace.bench.pqcache import claims as pqcache
     from headrace.bench.results import recheck
     from headrace.core.errors import InvalidRequest
@@ -120,7 +121,7 @@ def check(file: Annotated[Path, typer.Argument(help="A result file.")]) -> None:
     different = recheck(
         file,
         {
-            "adaserve": adaserve.claims,
+            "adaserve": adaserve_run.claims,
             "engine": engine.claims,
             "gpu": gpu.claims,
             "simulate": simulate.claims,

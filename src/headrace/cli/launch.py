@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard
     from headrace.models.text.tokenizer import Tokenizer
     from headrace.server import ServerSettings
+    from headrace.server.classes import SLOClasses
     from headrace.server.run import GracefulServer
     from headrace.server.serving import Serving
 
@@ -148,8 +149,10 @@ class Launch:
             f"{_quantised(card)}"
             f"  engine   {self.config.policy} policy, {threads} threads, up to {limits.max_sequences} sequences and "
             f"{limits.max_step_tokens} tokens a step, {slots:,} slots\n"
+            f"{_classes(self.settings.slo_classes)}"
             f"  try      curl {self._url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'\n"
             f"  or       headrace chat --url {self._url}/v1"
+            f"{_watch(self._url) if self.settings.dashboard else ''}"
         )
 
 
@@ -159,6 +162,20 @@ def _quantised(card: ModelCard) -> str:
     parts += ["int8 K and V"] if card.kv_cache_dtype == "int8" else []
     cost = f": {card.quality}" if card.quality else ""
     return f"  rounded  {', '.join(parts)}{cost}\n" if parts else ""
+
+
+def _classes(known: SLOClasses) -> str:
+    """A line about the service classes, the default one first; nothing when there are none."""
+    if not known.classes:
+        return ""
+    names = dict.fromkeys((known.default, *known.classes))
+    described = (f"{name} ({known.named(name, 'slo')})" for name in names)
+    return f"  classes  {', '.join(described)}; requests that name none are {known.default}\n"
+
+
+def _watch(url: str) -> str:
+    """A line about the dashboard."""
+    return f"\n  watch    {url}/dashboard"
 
 
 def _import_tokenizers() -> None:

@@ -19,8 +19,16 @@ def _engine(text: str, *names: str, metavar: str | None = None, envvar: str | No
     return typer.Option(*names, help=text, metavar=metavar, envvar=envvar, rich_help_panel="Engine")
 
 
-def _server(text: str, *names: str, envvar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, envvar=envvar, rich_help_panel="Server")
+def _server(text: str, *names: str, envvar: str | None = None, panel: str = "Server", hidden: bool = False) -> Any:
+    return typer.Option(*names, help=text, envvar=envvar, rich_help_panel=panel, hidden=hidden)
+
+
+def _access(text: str, *names: str, envvar: str | None = None) -> Any:
+    return _server(text, *names, envvar=envvar, panel="Who may call")
+
+
+def _targets(text: str, *names: str, hidden: bool = False) -> Any:
+    return _server(text, *names, panel="Latency targets", hidden=hidden)
 
 
 def _sampling(text: str, *names: str) -> Any:
@@ -101,16 +109,31 @@ Host = Annotated[str, _server("Address to listen on.")]
 Port = Annotated[int, _server("0 takes a free one.")]
 ServedName = Annotated[str | None, _server("What clients call the model.")]
 ApiKey = Annotated[
-    list[str] | None, _server("Let in only who sends this key; may be given again.", envvar="HEADRACE_API_KEY")
+    list[str] | None, _access("Let in only who sends this key; may be given again.", envvar="HEADRACE_API_KEY")
 ]
-ApiKeyFile = Annotated[Path | None, _server("Keys, one a line, each after a label if you like.")]
-Tier = Annotated[
+ApiKeyFile = Annotated[Path | None, _access("Keys, one a line, each after a label if you like.")]
+AllowedHost = Annotated[
     list[str] | None,
-    _server(
-        "Latency targets that clients choose by service_tier, as in fast:ttft_ms=300,tpot_ms=40; may be given again."
+    _access(
+        "Name by which clients call the server, such as a proxy's; * takes any. May be given again. "
+        "Always good: addresses, localhost and this machine's name."
     ),
 ]
-CorsOrigin = Annotated[list[str] | None, _server("Origin whose pages may call from a browser; may be given again.")]
+CorsOrigin = Annotated[list[str] | None, _access("Origin whose pages may call from a browser; may be given again.")]
+
+SLOClass = Annotated[
+    list[str] | None,
+    _targets("A service class and its targets, as in chat:tpot=50ms,ttft=1s or batch:none; may be given again."),
+]
+SLOClassFile = Annotated[Path | None, _targets("YAML file with classes, default and service_tiers.")]
+DefaultSLOClass = Annotated[
+    str | None, _targets("Class of requests that name none; else the one called default, else no targets.")
+]
+ServiceTier = Annotated[
+    list[str] | None, _targets("What a service_tier of OpenAI's means, as in priority=chat; may be given again.")
+]
+Tier = Annotated[list[str] | None, _targets("Older name of --slo-class.", hidden=True)]
+Dashboard = Annotated[bool, _server("Serve the page /dashboard.", "--dashboard/--no-dashboard")]
 ChatTemplate = Annotated[Path | None, _server("Jinja file in place of the model's template.")]
 SslCertfile = Annotated[Path | None, _server("Certificate, for HTTPS.")]
 SslKeyfile = Annotated[Path | None, _server("Its private key.")]

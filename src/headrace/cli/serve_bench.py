@@ -44,8 +44,9 @@ def serve(
     ] = None,
     policy: Policy = "chunked",
     longest: Longest = 512,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Length of each piece of the sweep.")] = 6.0,
-    closed_seconds: Annotated[float, typer.Option(min=1, help="Begin no closed-loop round after this long.")] = 360.0,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Length of each piece of the sweep.")] = 5.0,
+    closed_seconds: Annotated[float, typer.Option(min=1, help="Begin no closed-loop round after this long.")] = 330.0,
+    sweep_seconds: Annotated[float, typer.Option(min=1, help="Begin no round of the sweep after this long.")] = 480.0,
     threads: Threads = None,
 ) -> None:
     """Speed in a closed loop, a load sweep of the real server beside its peers, and simulation held against it."""
@@ -57,9 +58,10 @@ def serve(
     need_matplotlib()  # a missing package shall not cost a run
     setting = bench.Setting(
         model=model, seed=seed, traces=tuple(trace or ()), peers=peers, skip=frozenset(skip or ()), policy=policy,
-        longest=longest, quick=quick, threads=threads, pace=Pace(seconds=seconds),
+        longest=longest, quick=quick, threads=threads, pace=Pace(seconds=seconds, budget_s=sweep_seconds),
         closed=decode.Setting(
-            checkpoint=checkpoint, folder=peers, threads=threads, seed=seed, budget_s=None if quick else closed_seconds
+            checkpoint=checkpoint, folder=peers, threads=threads, seed=seed, new=64,
+            budget_s=None if quick else closed_seconds,
         ),
     )  # fmt: skip
     result = _with_progress(lambda report, on_part: bench.run(setting, report=report, on_part=on_part))
@@ -68,7 +70,7 @@ def serve(
     panels = {name: series for name, series in bench.panels(result.rows).items() if series}
     if panels:
         write_curves(plot, panels, x_label="requests/s", title=f"{model}, open loop")
-    _print_closed(result, decode)
+    _print_closed(result)
     _print_sweep(result)
     _print_simulation(result)
     _end(result, json_path, plot if panels else None)
@@ -108,8 +110,10 @@ def _with_progress(measure: Any) -> Result:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     console = Console(stderr=True)
-    # A polite end is an interruption too: servers are stopped and the file is written. Ctrl-C raises the same by itself.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A polite end is an interruption too: servers are stopped and the file is written.
+    # Shells start background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         begun = time.monotonic()
@@ -147,20 +151,19 @@ def _table(rows: list[list[str]], titles: list[str], texts: int) -> None:
     Console(width=max(Console().width, 120)).print(table)  # a pipe has no width, and cut figures are of no use
 
 
-def _print_closed(result: Result, decode: Any) -> None:
+def _print_closed(result: Result) -> None:
+    from headrace.bench.closedloop.claims import table
+
     lines = [
-        [
-            engine,
-            precision,
-            str(batch),
-            f"{median:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            "" if prefill is None else f"{prefill:.0f}",
-        ]
-        for engine, precision, batch, median, low, high, prefill in decode.table(result.rows)
-    ]
+        [line.engine, line.precision, str(line.batch), f"{line.decode:.1f}", f"{line.low:.1f} to {line.high:.1f}",
+         f"{line.prefill:.0f}", str(line.turns)]
+        for line in table(result.rows)
+    ]  # fmt: skip
     if lines:
-        _table(lines, ["engine", "weights", "batch", "decode tok/s", "range", "prefill tok/s"], 2)
+        _table(lines, ["engine", "weights", "batch", "decode tok/s", "range", "prefill tok/s", "turns"], 2)
+    for row in result.rows:
+        if row["kind"] == "lost":
+            typer.echo(f"{row['engine']} {row['precision']}: {row['why']}", err=True)
 
 
 def _print_sweep(result: Result) -> None:
@@ -220,5 +223,8 @@ def _print_soak(result: Result) -> None:
         for r in result.rows if r["kind"] == "round"
     ]  # fmt: skip
     _table(lines, ["minute", "requests", "finished", "TPOT p50 ms", "p99", "TTFT p50 ms", "slots held at rest"], 0)
+    if not result.claims:
+        typer.echo("no verdict: it ended before its first round did")
+        return
     wrong = [name.replace("_", " in ", 1) for name, value in verdict(result.rows).items() if value]
     typer.echo("verdict: " + (", ".join(wrong) if wrong else "no leak, no drift"))

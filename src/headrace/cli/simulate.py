@@ -36,6 +36,10 @@ Rates = Annotated[
     list[float] | None, _workload("Requests per second; may be repeated. The trace's own by default.", "--rate")
 ]
 Requests = Annotated[int, _workload("Requests to replay, from the start.", min=1)]
+Hours = Annotated[
+    float | None,
+    _workload("Repeat the trace end to end for so many hours; the result then has a row per hour.", min=0.01),
+]
 Prompt = Annotated[int, _workload("Prompt tokens, without a trace.", min=1)]
 Output = Annotated[int, _workload("Output tokens, without a trace.", min=1)]
 TtftTarget = Annotated[float | None, _workload("TTFT target of requests without one.")]
@@ -65,6 +69,7 @@ def simulate(
     trace: Trace = None,
     rate: Rates = None,
     requests: Requests = 1000,
+    hours: Hours = None,
     prompt: Prompt = 512,
     output: Output = 128,
     slo_ttft_ms: TtftTarget = None,
@@ -87,6 +92,7 @@ def simulate(
 
     from headrace.bench import simulate as bench
     from headrace.bench.plots import need_matplotlib, write_curves
+    from headrace.bench.workloads.arrivals import repeated, truncated
     from headrace.core.policy import Limits
     from headrace.core.request import SLO
 
@@ -101,11 +107,13 @@ def simulate(
         context=context,
         prefix_cache=prefix_cache,
         seed=seed,
+        by_hour=hours is not None,
     )
     costs = _profile(profile, machine)
     slo = SLO(slo_ttft_ms, slo_tpot_ms)
     count = min(requests, 200) if quick else requests
-    arrivals = _arrivals(trace, costs, slo, count, prompt, output, (rate or [1.0])[0], seed)
+    arrivals = _arrivals(trace, costs, slo, prompt, output, (rate or [1.0])[0], seed, count)
+    arrivals = truncated(arrivals, count=count) if hours is None else repeated(arrivals, hours * 3600)
     with console.status("simulating") as status:
         result = bench.run(setting, arrivals, costs, report=status.update)
     path = json_path or Path("results/simulate.json")
@@ -133,16 +141,16 @@ def _profile(path: Path | None, machine: str) -> Profile:
 
 
 def _arrivals(
-    trace: Path | None, costs: Profile, slo: SLO, count: int, prompt: int, output: int, rate: float, seed: int
+    trace: Path | None, costs: Profile, slo: SLO, prompt: int, output: int, rate: float, seed: int, count: int
 ) -> list[Arrival]:
-    from headrace.bench.workloads.arrivals import poisson, truncated
+    from headrace.bench.workloads.arrivals import poisson
     from headrace.bench.workloads.traces import load_trace
     from headrace.core.batch import StepShape
 
     if trace is None:
         return poisson(rate, count, seed=seed, lengths=[(prompt, output)], slo=slo)
     lone = costs.cost(StepShape(0, 1, 512, 1, 513))
-    return truncated(load_trace(trace, baseline_tpot_ms=lone, rate=rate, seed=seed, slo=slo), count=count)
+    return load_trace(trace, baseline_tpot_ms=lone, rate=rate, seed=seed, slo=slo)
 
 
 def _print(result: Result) -> None:
@@ -157,12 +165,13 @@ def _print(result: Result) -> None:
     titles = ("requests/s", "attained", "goodput", "tok/s", "TTFT p50", "p99 ms", "TPOT p50", "p99 ms", "preempted")
     for title in titles:
         table.add_column(title, justify="right")
-    for (policy, rate), rows in cases(result.rows).items():
-        f = metrics.summary(rows)
+    shown = [(policy, rate, metrics.summary(rows)) for (policy, rate), rows in cases(result.rows).items()]
+    shown += [(f"{r['policy']}, hour {r['hour']}", r["rate"], r) for r in result.rows if r["kind"] == "hour"]
+    for policy, rate, f in shown:
         table.add_row(
             policy, f"{rate:.3g}", f"{f['attainment']:.1%}", f"{f['goodput_tok_s']:.0f}", f"{f['throughput_tok_s']:.0f}",
             f"{f['ttft_ms_p50']:.0f}", f"{f['ttft_ms_p99']:.0f}", f"{f['tpot_ms_p50']:.1f}", f"{f['tpot_ms_p99']:.1f}",
             f"{f['preemptions']:.0f}",
         )  # fmt: skip
-    shown = Console(width=max(Console().width, 110))  # a pipe has no width of its own, and cut figures are of no use
-    shown.print(table)
+    # A pipe has no width of its own, and cut figures are of no use.
+    Console(width=max(Console().width, 110)).print(table)

@@ -54,7 +54,7 @@ class EngineConfig:
     attention: str = "auto"
     linears: str = "auto"
     quantize: str | None = None
-    policy: str = "chunked"
+    policy: str = "adaserve"
     draft: str = "auto"
     limits: Limits = field(default_factory=Limits)
     kv_gib: float | None = None

@@ -56,7 +56,8 @@ class SequenceDelta:
     """New tokens of one sequence of a request; one step may commit several.
 
     ``reason`` is set with the last delta of a sequence: "stop" (end-of-text, stop id or completed grammar), "length", "abort"
-    or "error". ``stop_token`` is the id that ended it, when one did; such a token is part of ``tokens``.
+    or "error". ``stop_token`` is the id that ended it, when one did; such a token is part of ``tokens``. ``steps`` counts the steps
+    after the first token's that brought ``tokens``, ``drafted`` the draft nodes verified in them and ``accepted`` those committed.
     """
 
     request_id: str
@@ -67,9 +68,14 @@ class SequenceDelta:
     stop_token: int | None = None
     timing: RequestTiming | None = None
     error: HeadraceError | None = None
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+STEP_TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ACCEPTED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 RELATIVE_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 
 
@@ -108,6 +114,10 @@ class EngineStats:
             were; ``observed_seconds`` is what they took.
         profile_error: |predicted / measured - 1| of each of them; ``profile_error_p50`` is the median of the latest, None
             without a profile.
+        step_limit: tokens that a step may hold.
+        prefill_per_step, decode_per_step, verify_per_step: tokens of each step by purpose: rows of prompts, newest tokens, draft nodes.
+        accepted_per_draft: nodes committed of each draft that was verified.
+        prefilling: request id -> when it was first scheduled, of those running that have no token yet.
         verifications: decode rows that were roots of drafts or stood alone.
         drafted, accepted: draft nodes verified, and those of them that were committed.
         draft_s, plan_s: seconds spent in drafting and in the policy since the start.
@@ -130,10 +140,16 @@ class EngineStats:
     verifications: int = 0
     drafted: int = 0
     accepted: int = 0
+    step_limit: int = 0
+    prefilling: dict[str, float] = field(default_factory=dict)
     draft_s: float = 0.0
     plan_s: float = 0.0
     step_seconds: Counts = field(default_factory=lambda: Counts(STEP_SECONDS))
     forward_seconds: Counts = field(default_factory=lambda: Counts(STEP_SECONDS))
+    prefill_per_step: Counts = field(default_factory=lambda: Counts(STEP_TOKENS))
+    decode_per_step: Counts = field(default_factory=lambda: Counts(STEP_TOKENS))
+    verify_per_step: Counts = field(default_factory=lambda: Counts(STEP_TOKENS))
+    accepted_per_draft: Counts = field(default_factory=lambda: Counts(ACCEPTED))
     predicted_steps: int = 0
     predicted_seconds: float = 0.0
     observed_seconds: float = 0.0
@@ -146,9 +162,18 @@ class EngineStats:
         self.step_ms = seconds * 1e3
         self.step_seconds.add(seconds)
 
-    def count_forward(self, seconds: float, shape: StepShape) -> None:
-        """Count the forward of a step of ``shape``, and its tokens."""
+    def count_forward(self, seconds: float, shape: StepShape, drafted: int = 0) -> None:
+        """Count the forward of a step of ``shape``, and its tokens, ``drafted`` of which are nodes of drafts."""
         self.forward_ms = seconds * 1e3
         self.forward_seconds.add(seconds)
         self.prefill_tokens += shape.prefill_tokens
         self.decode_tokens += shape.decode_tokens
+        self.prefill_per_step.add(shape.prefill_tokens)
+        self.decode_per_step.add(shape.decode_tokens - drafted)
+        self.verify_per_step.add(drafted)
+
+    def count_draft(self, drafted: int, accepted: int) -> None:
+        """Count a draft of ``drafted`` nodes that was verified, and the ``accepted`` ones of them."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.accepted_per_draft.add(accepted)

@@ -37,6 +37,12 @@ class SLO:
                     f"slo.{name} is {value!r}: give milliseconds above 0, or leave it out", field=f"slo.{name}"
                 )
 
+    def __str__(self) -> str:
+        """The targets for a person, such as "first token in 1000 ms, 50 ms a token"."""
+        ttft = [] if self.ttft_ms is None else [f"first token in {self.ttft_ms:g} ms"]
+        tpot = [] if self.tpot_ms is None else [f"{self.tpot_ms:g} ms a token"]
+        return ", ".join(ttft + tpot) or "no target"
+
     def met_by(self, ttft_ms: float | None, tpot_ms: float | None) -> bool | None:
         """Whether measured latencies meet the targets; None without targets.
 

@@ -26,7 +26,9 @@ CHOICES = 8
 UNIT_LOGISTIC = math.sqrt(3) / math.pi
 """A logistic variable times this has a standard deviation of 1."""
 
-_REQUEST, _STRETCH, _TOKEN, _FATE, _BELIEF = range(1, 6)
+REQUEST, STRETCH, TOKEN, FATE, BELIEF = range(1, 6)
+"""What a number is drawn for."""
+
 _MOST = 0.9999
 
 
@@ -110,6 +112,9 @@ class AcceptanceModel:
         miscalibration: how it misjudges itself.
         seed: of everything drawn.
         source: name of the source; two sources meet the same requests and stretches, but fail at different tokens.
+
+    Attributes:
+        world, source: keys of what is drawn for requests and stretches, and for the source's own tokens.
     """
 
     def __init__(
@@ -121,8 +126,8 @@ class AcceptanceModel:
         source: str = "draft",
     ) -> None:
         self.acceptance, self.miscalibration = acceptance, miscalibration or Miscalibration()
-        self._world = mix64(seed + 1)
-        self._source = mix64(self._world ^ int.from_bytes(source.encode(), "little"))
+        self.world = mix64(seed + 1)
+        self.source = mix64(self.world ^ int.from_bytes(source.encode(), "little"))
         self._places: dict[tuple[int, int], float] = {}
 
     def root(self, request: int, decoded: int) -> Node:
@@ -139,11 +144,8 @@ class AcceptanceModel:
         place = node.position + 1
         odds = self._log_odds(node, place)
         chance = expit(odds)
-        error = (
-            logistic(self._source, node.key, _BELIEF) * self.miscalibration.noise if self.miscalibration.noise else 0.0
-        )
-        belief = expit(odds / self.miscalibration.temperature + self.miscalibration.bias + error)
-        fate = uniform(self._source, node.key, _FATE) if node.accepted else 1.0
+        belief = self.belief(odds, node.key)
+        fate = uniform(self.source, node.key, FATE) if node.accepted else 1.0
         left, unsure = 1.0, 1.0
         found: list[Node] = []
         for choice in range(min(width, CHOICES)):
@@ -151,7 +153,7 @@ class AcceptanceModel:
                 chance = min(chance, self.acceptance.sibling * left)
                 belief = min(belief, self.acceptance.sibling * unsure)
             accepted = 1.0 - left <= fate < 1.0 - left + chance
-            key = path_key(node.request, place) if accepted else mix64(mix64(self._source ^ node.key) + choice + 1)
+            key = path_key(node.request, place) if accepted else self.rejected_key(node.key, choice)
             found.append(Node(place, choice, belief, chance if node.accepted else 0.0, accepted, key, node.request))
             left -= chance
             unsure -= belief
@@ -165,6 +167,16 @@ class AcceptanceModel:
             nodes.append(root)
         return nodes
 
+    def belief(self, odds: float, parent: int) -> float:
+        """What a draft believes of its first choice, whose true log odds are ``odds``, below the node with the key ``parent``."""
+        wrong = self.miscalibration
+        error = logistic(self.source, parent, BELIEF) * wrong.noise if wrong.noise else 0.0
+        return expit(odds / wrong.temperature + wrong.bias + error)
+
+    def rejected_key(self, parent: int, choice: int = 0) -> int:
+        """Key of a node that is not the target's token, below the node with the key ``parent``."""
+        return mix64(mix64(self.source ^ parent) + choice + 1)
+
     def _log_odds(self, node: Node, place: int) -> float:
         """Of the first choice at ``place`` after ``node``."""
         setting = self.acceptance
@@ -175,10 +187,10 @@ class AcceptanceModel:
                 self._places.clear()
             around = self._places[node.request, block] = (
                 setting.ease
-                + setting.request_spread * logistic(self._world, node.request, _REQUEST)
-                + setting.stretch_spread * logistic(self._world, path_key(node.request, block), _STRETCH)
+                + setting.request_spread * logistic(self.world, node.request, REQUEST)
+                + setting.stretch_spread * logistic(self.world, path_key(node.request, block), STRETCH)
             )
-        return around + setting.token_spread * logistic(self._source, node.key, _TOKEN)
+        return around + setting.token_spread * logistic(self.source, node.key, TOKEN)
 
 
 def draft_token(node: Node, truth: int, vocab_size: int) -> int:

@@ -36,10 +36,11 @@ PAIRS: dict[str, Pair] = {
 }
 
 FITTED: dict[str, Acceptance] = {
-    "llama-3.1-70b+1b": Acceptance(ease=4.0),
+    "llama-3.1-70b+1b": Acceptance(ease=4.76, request_spread=1.5),
     "qwen2.5-32b+0.5b": Acceptance(ease=3.24),
 }
-"""What :func:`fit` makes of :data:`PAIRS` with the default spreads."""
+"""What :func:`fit` makes of :data:`PAIRS` with these spreads. Llama's requests differ more than by default: figure 8 says so, where its
+chains lose requests by and by as load grows."""
 
 
 def get_acceptance(name: str) -> Acceptance:

@@ -25,6 +25,9 @@ from headrace.engine.sequence import Sequence
 
 Asked = tuple[DraftOrder, Sequence]
 
+_NEWS = 16
+"""Tokens new to a drafter up to which a draft costs what drafts cost."""
+
 
 class Drafting:
     """Has drafts made and remembers them until they are verified.
@@ -39,9 +42,14 @@ class Drafting:
         self._drafters = {drafter.name: drafter for drafter in drafters}
         self._calibration = calibration
         self._made: dict[int, DraftTree] = {}
+        self._shown: dict[tuple[str, int], int] = {}
         free = tuple(drafter.name for drafter in drafters if drafter.free)
         paid = tuple(drafter.name for drafter in drafters if not drafter.free)
         self.outlook = Outlook(paid or free, costs, calibration, free)
+
+    def afresh(self, calibration: Calibration) -> Drafting:
+        """The same drafters and costs with other beliefs about drafts."""
+        return Drafting(list(self._drafters.values()), calibration, self.outlook.drafts)
 
     def draft(self, plan: DraftPlan, running: Mapping[int, Sequence]) -> dict[int, DraftTree]:
         """Trees for the sequences the plan names that decode and can use one, with calibrated probabilities."""
@@ -86,13 +94,23 @@ class Drafting:
         trees = self._drafters[source].draft(work)
         took = (time.perf_counter() - started) * 1e3
         depth, width = max(job.depth for job in work), max(job.width for job in work)
-        self.outlook.drafts.observe(source, len(work), depth, width, took)
+        if self._usual(source, work):
+            self.outlook.drafts.observe(source, len(work), depth, width, took)
         for (_, sequence), tree in zip(asked, trees, strict=True):
             if sequence.grammar is not None:
                 tree = allowed(tree, sequence.grammar)
             calibrated = self._calibration.calibrated(sequence.id, tree)
             if len(tree):
                 self._made[sequence.id], found[sequence.id] = tree, calibrated
+
+    def _usual(self, source: str, work: Seq[DraftJob]) -> bool:
+        """Whether the drafter has seen all but the last few tokens before: what it takes to read more is no cost of drafting."""
+        usual = True
+        for job in work:
+            seen, size = self._shown.get((source, job.sequence), 0), len(job.tokens)
+            self._shown[source, job.sequence] = size
+            usual = usual and size - seen <= _NEWS
+        return usual
 
     def chosen(self, sequence: int, nodes: Ints) -> DraftTree | None:
         """The part of a sequence's draft that is to be verified, as its drafter made it."""
@@ -106,6 +124,8 @@ class Drafting:
     def forget(self, sequence: int) -> None:
         """A sequence has ended."""
         self._made.pop(sequence, None)
+        for name in self._drafters:
+            self._shown.pop((name, sequence), None)
         self._calibration.forget(sequence)
         for drafter in self._drafters.values():
             drafter.forget(sequence)

@@ -15,7 +15,7 @@ from headrace.core.batch import Packer, Segment
 from headrace.core.clock import WallClock
 from headrace.core.errors import HeadraceError, InvalidRequest, OutOfMemory
 from headrace.core.outputs import EngineStats, SequenceDelta
-from headrace.core.policy import DraftingPolicy, Limits, Policy, StepPlan, View
+from headrace.core.policy import Limits, Policy, StepPlan, View
 from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Remembering, Runner, StepObserver
 from headrace.core.request import Request
 from headrace.core.retrieval import Retrieval
@@ -86,7 +86,7 @@ class Engine:
         self._packer = Packer()
         self._deltas: list[SequenceDelta] = []
         self._next_id = 0
-        self._stats = EngineStats(slots_total=space.pool.size)
+        self._stats = EngineStats(slots_total=space.pool.size, step_limit=self.limits.max_step_tokens)
 
     # ---- what callers do -------------------------------------------------------------------------------------
 
@@ -150,6 +150,11 @@ class Engine:
         stats.running = sum(s.width for s in self._running.values())
         stats.waiting = len(self._waiting)
         stats.slots_free, stats.slots_cached = self.space.pool.free, self.space.cached
+        stats.prefilling = {
+            s.request.id: s.timing.first_scheduled
+            for s in self._running.values()
+            if s.timing.first_token is None and s.timing.first_scheduled is not None
+        }
         if self.observer is not None:
             self.observer.report(stats)
         return stats
@@ -204,8 +209,8 @@ class Engine:
         view = self._view()
         started = time.perf_counter()
         drafted = 0.0
-        if self.drafting is not None and isinstance(self.policy, DraftingPolicy):
-            orders = self.policy.draft(view)
+        if self.drafting is not None and (draft := getattr(self.policy, "draft", None)) is not None:
+            orders = draft(view)
             begun = time.perf_counter()
             view.candidates = self.drafting.draft(orders, self._running)
             drafted = time.perf_counter() - begun
@@ -262,7 +267,8 @@ class Engine:
             self._undo(segments)
             raise
         self._budget.succeeded()
-        self._stats.count_forward(result.forward_s, batch.shape)
+        drafted = sum(len(tree) for tree in trees if tree is not None)
+        self._stats.count_forward(result.forward_s, batch.shape, drafted)
         heads = self._heads(segments, scheduled, trees)
         going = heads
         while True:  # a round draws one token for each: all of them, then those whose drafts have carried it
@@ -297,8 +303,8 @@ class Engine:
         kept, gone = settled(head.slots, head.walk.path)
         head.sequence.settle(kept)
         self.space.pool.release(gone)
-        self._stats.drafted += len(head.tree)
-        self._stats.accepted += len(head.walk.path)
+        head.delta.drafted, head.delta.accepted = len(head.tree), len(head.walk.path)
+        self._stats.count_draft(head.delta.drafted, head.delta.accepted)
         self.drafting.verified(head.sequence.id, head.tree, head.walk.path)
 
     def _survive(self, error: OutOfMemory, segments: list[Segment], scheduled: list[Sequence]) -> None:
@@ -351,6 +357,7 @@ class Engine:
                 self.space.publish(sequence)
         else:
             self._stats.verifications += 1
+            delta.steps = 1
         timing.last_token = now
         timing.decoded = len(sequence.output)
         if delta.reason is None:

@@ -77,6 +77,9 @@ def _merge(first: SequenceDelta, second: SequenceDelta) -> SequenceDelta:
         tokens=first.tokens + second.tokens,
         logprobs=logprobs if logprobs is not None else first.logprobs,
         timing=second.timing or first.timing,
+        steps=first.steps + second.steps,
+        drafted=first.drafted + second.drafted,
+        accepted=first.accepted + second.accepted,
     )
 
 
@@ -244,7 +247,7 @@ class ProcessService:
                         self._finish_rate.count()
                         self._forget(name)
             case ("stats", stats):
-                self._stats = stats
+                self._stats = self._in_their_words(stats)
                 self._answer_stats()
             case ("unsent", ("add", request), error):
                 if request.id in self._streams:
@@ -261,6 +264,13 @@ class ProcessService:
                 self._set_state("failed")
             case ("exit", code):
                 self._on_exit(code)
+
+    def _in_their_words(self, stats: EngineStats) -> EngineStats:
+        """The snapshot with the ids that clients of this service know."""
+        stats.prefilling = {
+            self._streams[name].request_id: since for name, since in stats.prefilling.items() if name in self._streams
+        }
+        return stats
 
     def _answer_stats(self) -> None:
         waiters, self._stats_waiters = self._stats_waiters, []

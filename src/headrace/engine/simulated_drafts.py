@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from headrace.core.clock import VirtualClock
 from headrace.core.speculation import ROOT, Calibration, DraftCosts, DraftJob, DraftTree
 from headrace.engine.acceptance import AcceptanceModel, Node, draft_token
+from headrace.engine.acceptance_paths import Chains
 from headrace.engine.sequence import Sequence as EngineSequence
 
 
@@ -18,16 +19,19 @@ class PassCosts:
     Attributes:
         pass_ms: source -> milliseconds of a pass; other sources are free.
         row_ms: source -> milliseconds for every row of a pass.
+        spared: passes whose rows cost nothing.
     """
 
     pass_ms: Mapping[str, float] = field(default_factory=dict)
     row_ms: Mapping[str, float] = field(default_factory=dict)
+    spared: float = 0.0
 
     def draft_ms(self, source: str, sequences: int, depth: int, width: int) -> float:
         """``depth`` passes; nothing for nobody."""
         if not sequences:
             return 0.0
-        return (self.pass_ms.get(source, 0.0) + self.row_ms.get(source, 0.0) * sequences * width) * depth
+        rows = sequences * width * max(0.0, depth - self.spared)
+        return self.pass_ms.get(source, 0.0) * depth + self.row_ms.get(source, 0.0) * rows
 
     def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
         """What costs here is known, not measured."""
@@ -73,6 +77,7 @@ class SimulatedDrafter:
     ) -> None:
         self.name, self.free = name, False
         self._model, self._costs, self._clock = model, costs, clock
+        self._chains = Chains(model)
         self._find, self._truth, self._vocab_size = find, truth, vocab_size
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[DraftTree]:
@@ -86,11 +91,12 @@ class SimulatedDrafter:
 
     def _tree(self, job: DraftJob) -> DraftTree:
         sequence = self._find(job.sequence)
-        root, truth = self._model.root(sequence.draw_key, len(sequence.output)), self._truth(sequence)
+        truth = self._truth(sequence)
         if job.width == 1:
-            chain = self._model.chain(root, job.depth)
-            tokens = [draft_token(node, truth, self._vocab_size) for node in chain]
-            return DraftTree.chain(tokens, [node.belief for node in chain], self.name)
+            beliefs, won = self._chains.draft(sequence.draw_key, len(sequence.output), job.depth)
+            tokens = [truth] * won + [(truth + 1) % self._vocab_size] * (job.depth - won)
+            return DraftTree.chain(tokens, beliefs, self.name)
+        root = self._model.root(sequence.draw_key, len(sequence.output))
         nodes: list[Node] = []
         parents: list[int] = []
         layer: list[tuple[float, int, Node]] = [(1.0, ROOT, root)]

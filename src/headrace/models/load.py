@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,54 @@ def load(
     place = _device(device)
     precision = _dtype(dtype, place)
     path = hub.resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+    plan = _inspect(name, path, precision, place, group, trust_remote_code)
+    module = _read(plan, precision, place, progress=progress)
+    context = rope.settle(module, max_context)
+    card = ModelCard(
+        name=name,
+        path=str(path),
+        context=context,
+        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
+        stop_ids=stop_ids(path, plan.config),
+        created=int((path / "config.json").stat().st_mtime),
+        dtype=str(precision).removeprefix("torch."),
+        parameters=plan.size if plan.stored else sum(parameter.numel() for parameter in module.parameters()),
+        quantization=plan.stored.method if plan.stored else "",
+    )
+    config = plan.config if plan.shared is None else plan.shared.settle(module)
+    model = LoadedModel(module, config, path, card, precision, place)
+    if families.anatomy(module) is None:
+        probe.verify(model)
+    return model
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A checkpoint that passed every check that needs no weights.
+
+    Attributes:
+        path: its folder.
+        kind: the class of transformers that runs it.
+        config: the configuration of its text decoder.
+        names: how its tensors are renamed while they are read; empty for not at all.
+        size: parameters of the whole model.
+        stored: how its maker quantised it; None for not at all.
+        shared: the part of it that this rank holds; None for all of it.
+    """
+
+    path: Path
+    kind: Any
+    config: Any
+    names: dict[str, str]
+    size: int
+    stored: prequantised.Stored | None
+    shared: Sharing | None
+
+
+def _inspect(
+    name: str, path: Path, precision: torch.dtype, place: torch.device, group: Group | None, trust_remote_code: bool
+) -> _Plan:
+    """What is to be loaded, and whether it can be: refuses all that can be refused before any weight is read."""
     whole = checkpoint.read_config(path, trust_remote_code=trust_remote_code)
     kind, config = support.check_supported(whole, str(path) if trust_remote_code else None)
     names = {} if config is whole else support.TEXT_KEYS
@@ -75,42 +124,31 @@ def load(
     size = sum(map(math.prod, wanted.values()))
     held = size if stored is None or stored.widened else checkpoint.weight_bytes(path) // precision.itemsize
     budget.check_weights(name, held // (shared.parts if shared else 1), precision, place)
+    return _Plan(path, kind, config, names, size, stored, shared)
+
+
+def _read(plan: _Plan, precision: torch.dtype, place: torch.device, *, progress: bool) -> Any:
+    """The module with its weights, where it belongs and without gradients."""
+    stored, shared = plan.stored, plan.shared
     with _quiet(progress), contextlib.nullcontext() if shared is None else shared.environment():
-        module, info = kind.from_pretrained(
-            path,
-            config=config,
+        module, info = plan.kind.from_pretrained(
+            plan.path,
+            config=plan.config,
             dtype=precision,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported by check_loaded, with the remedy
             output_loading_info=True,
-            **({"key_mapping": names} if names else {}),
+            **({"key_mapping": plan.names} if plan.names else {}),
             **(shared.options() if shared else {}),
             **(stored.options(place) if stored else {}),
         )
-    checkpoint.check_loaded(path, info)
+    checkpoint.check_loaded(plan.path, info)
     if stored is None or stored.widened:
         module = module.to(place)  # the others were put there, and many must not be moved
     module = module.eval().requires_grad_(False)
     prequantised.release(module, stored)
-    context = rope.settle(module, max_context)
-    card = ModelCard(
-        name=name,
-        path=str(path),
-        context=context,
-        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
-        stop_ids=stop_ids(path, config),
-        created=int((path / "config.json").stat().st_mtime),
-        dtype=str(precision).removeprefix("torch."),
-        parameters=size if stored else sum(parameter.numel() for parameter in module.parameters()),
-        quantization=stored.method if stored else "",
-    )
-    if shared is not None:
-        config = shared.settle(module)
-    model = LoadedModel(module, config, path, card, precision, place)
-    if families.anatomy(module) is None:
-        probe.verify(model)
-    return model
+    return module
 
 
 def stop_ids(path: Path, config: Any) -> tuple[int, ...]:

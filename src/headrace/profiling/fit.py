@@ -47,6 +47,17 @@ class Curve:
         low, high = knots[at - 1], knots[at]
         return values[at - 1] + (values[at] - values[at - 1]) * (x - low) / (high - low)
 
+    def at(self, x: Doubles) -> Doubles:
+        """The same at every size of an array."""
+        knots, values = self.knots, self.values
+        if len(knots) == 1:
+            return np.zeros(len(x))
+        found: Doubles = np.interp(x, knots, values)
+        if x.max(initial=0.0) > knots[-1]:
+            rise = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+            found += rise * np.maximum(x - knots[-1], 0.0)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -58,6 +69,12 @@ class StepCost:
     def cost(self, shape: StepShape) -> float:
         """Predicted milliseconds."""
         return self.constant + sum(c(x) for c, x in zip(self.curves, sizes(shape), strict=True))
+
+    def growing(self, shape: StepShape, decodes: Doubles, attended: Doubles) -> Doubles:
+        """float64[k]: milliseconds of ``shape`` with other numbers of decoding rows and attended pairs, float64[k] each."""
+        rows, decoding, sequences, context, pairs = self.curves
+        fixed = self.constant + sequences(shape.sequences) + context(shape.context)
+        return fixed + rows.at(shape.prefill_tokens + decodes) + decoding.at(decodes) + pairs.at(attended)
 
 
 def sizes(shape: StepShape) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from headrace.core.batch import StepShape
 from headrace.profiling.fit import StepCost, fit
+from headrace.profiling.regression import Doubles
 
 BUCKETS = 24
 _OCTAVES = np.arange(BUCKETS + 1)
@@ -57,6 +58,13 @@ class Correction:
         low = int(place)
         share = place - low
         return math.exp(table[low] * (1 - share) + table[low + 1] * share)
+
+    def growing(self, prefill_tokens: int, decodes: Doubles) -> Doubles | float:
+        """float64[k]: the factors for steps of so many prompt tokens and each of these numbers of decoding rows."""
+        if not self._tables:
+            return 1.0
+        table = self._tables["prefill" if prefill_tokens else "decode"]
+        return np.exp(np.interp(np.log2(np.maximum(prefill_tokens + decodes, 1.0)), _OCTAVES, table))
 
     def observe(self, shape: StepShape, predicted: float, actual: float) -> None:
         """Learn that a step of ``shape`` took ``actual`` where ``predicted`` (with the factor) was expected."""
@@ -121,6 +129,10 @@ class MeasuredProfile:
     def cost(self, shape: StepShape) -> float:
         """Predicted milliseconds of a step of ``shape``, as the machine is now."""
         return self.base.cost(shape) * self.correction.factor(shape)
+
+    def growing(self, shape: StepShape, decodes: Doubles, attended: Doubles) -> Doubles:
+        """float64[k]: what :meth:`cost` says of ``shape`` with other numbers of decoding rows and attended pairs, float64[k] each."""
+        return self.base.growing(shape, decodes, attended) * self.correction.growing(shape.prefill_tokens, decodes)
 
     def observe(self, shape: StepShape, ms: float) -> None:
         """Tell the profile how long a step took."""

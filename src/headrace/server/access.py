@@ -52,7 +52,7 @@ class Access:
         finally:
             status = status or CLIENT_LEFT
             self._metrics.count_http(_endpoint(scope), _method(scope), status)
-            if self._enabled:
+            if self._enabled and not (state.get("quiet") and status < 400):
                 self._write(scope, name, status, time.monotonic() - started)
 
     def _write(self, scope: Scope, name: str, status: int, seconds: float) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from headrace.core.protocols import Service
-from headrace.server import chat, completions, errors, models, openapi, operations, tokens
+from headrace.server import chat, completions, dashboard, errors, models, openapi, operations, tokens
 from headrace.server.access import Access
 from headrace.server.auth import Authentication
+from headrace.server.hosts import AllowedHosts
 from headrace.server.limits import BodyLimits
 from headrace.server.metrics import Metrics
 from headrace.server.serving import Serving
 from headrace.server.settings import ServerSettings
+from headrace.server.targets import CLASS_HEADER, TARGETS_HEADER
 from headrace.version import __version__
 
 if TYPE_CHECKING:
     from headrace.models.text.tokenizer import Tokenizer
+
+_SLO_HEADERS = (CLASS_HEADER.lower(), TARGETS_HEADER.lower())
 
 
 def create_app(
@@ -49,11 +54,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            if background is None:
+            async with background() if background is not None else nullcontext(), _sampling(serving):
                 yield
-            else:
-                async with background():
-                    yield
         finally:
             serving.close()
 
@@ -70,9 +72,26 @@ def create_app(
     errors.install(app)
     for part in (models, chat, completions, tokens, operations):
         app.include_router(part.router)
+    if settings.dashboard:
+        app.include_router(dashboard.router)
     openapi.install(app, needs_key=bool(settings.api_keys), protect_metrics=settings.protect_metrics)
     _add_layers(app, settings, metrics)
     return app
+
+
+@asynccontextmanager
+async def _sampling(serving: Serving) -> AsyncIterator[None]:
+    """Collect for the dashboard, where there is one."""
+    if not serving.settings.dashboard:
+        yield
+        return
+    task = asyncio.create_task(serving.monitor.run(serving))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 def _add_layers(app: FastAPI, settings: ServerSettings, metrics: Metrics) -> None:
@@ -89,7 +108,8 @@ def _add_layers(app: FastAPI, settings: ServerSettings, metrics: Metrics) -> Non
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-headrace-slo"],
+            allow_headers=["authorization", "content-type", "x-request-id", *_SLO_HEADERS],
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts)
     app.add_middleware(Access, metrics=metrics, enabled=settings.access_log)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headrace.server import dashboard
 from headrace.server.errors import HttpError, response_of
 from headrace.server.settings import digest
 
-OPEN_PATHS = frozenset({"/health", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/version", "/openapi.json"}) | dashboard.OPEN_PATHS
 
 
 class Authentication:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from headrace.server import refused
 from headrace.server.feed import Piece
-from headrace.server.generate import Head, SLOHeader, answer, make_job
+from headrace.server.generate import Head, answer, make_job
 from headrace.server.limits import require_json
 from headrace.server.logprobs import chat_logprobs
 from headrace.server.prompts import chat_prompt, fit
@@ -18,6 +18,7 @@ from headrace.server.replies import ChatReply, error_replies, or_stream
 from headrace.server.sampling import sampling_params
 from headrace.server.schemas import ChatBody
 from headrace.server.serving import Server
+from headrace.server.targets import Headers
 
 if TYPE_CHECKING:
     from headrace.models.text.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ class ChatShape:
     response_model=ChatReply,
     responses={200: or_stream("chat.completion.chunk"), **error_replies(400, 401, 404, 408, 413, 415, 429, 500, 503)},
 )
-async def chat_completions(request: Request, body: ChatBody, server: Server, slo: SLOHeader = None) -> Response:
+async def chat_completions(request: Request, body: ChatBody, server: Server, headers: Headers) -> Response:
     """Answer a conversation."""
     card = server.check_model(body.model)
     refused.check(body)
@@ -92,7 +93,7 @@ async def chat_completions(request: Request, body: ChatBody, server: Server, slo
         tokenizer=tokenizer,
         prompts=[prompt],
         params=params,
-        slo_header=slo,
+        headers=headers,
     )
     shape = ChatShape(job.head, tokenizer, logprobs=params.logprobs is not None)
     return await answer(server, request, body, job, shape)

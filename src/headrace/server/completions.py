@@ -11,7 +11,7 @@ from starlette.responses import Response
 from headrace.core.errors import InvalidRequest
 from headrace.server import refused
 from headrace.server.feed import Piece
-from headrace.server.generate import Head, SLOHeader, answer, make_job
+from headrace.server.generate import Head, answer, make_job
 from headrace.server.limits import require_json
 from headrace.server.logprobs import CompletionLogprobs
 from headrace.server.prompts import Prompt, completion_prompts, fit
@@ -19,6 +19,7 @@ from headrace.server.replies import CompletionReply, error_replies, or_stream
 from headrace.server.sampling import sampling_params
 from headrace.server.schemas import CompletionBody
 from headrace.server.serving import Server
+from headrace.server.targets import Headers
 
 if TYPE_CHECKING:
     from headrace.models.text.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ class CompletionShape:
     response_model=CompletionReply,
     responses={200: or_stream("text_completion"), **error_replies(400, 401, 404, 408, 413, 415, 429, 500, 503)},
 )
-async def completions(request: Request, body: CompletionBody, server: Server, slo: SLOHeader = None) -> Response:
+async def completions(request: Request, body: CompletionBody, server: Server, headers: Headers) -> Response:
     """Continue one or more prompts."""
     card = server.check_model(body.model)
     refused.check(body)
@@ -80,7 +81,15 @@ async def completions(request: Request, body: CompletionBody, server: Server, sl
     max_tokens = fit(card, ids, body.max_tokens, field="max_tokens", default=DEFAULT_MAX_TOKENS)
     params = sampling_params(body, max_tokens)
     job = make_job(
-        server, request, body, prefix="cmpl", card=card, tokenizer=tokenizer, prompts=ids, params=params, slo_header=slo
+        server,
+        request,
+        body,
+        prefix="cmpl",
+        card=card,
+        tokenizer=tokenizer,
+        prompts=ids,
+        params=params,
+        headers=headers,
     )
     echoes = _echoes(prompts, params.n, bool(body.echo))
     shape = CompletionShape(job.head, tokenizer, logprobs=params.logprobs is not None, echoes=echoes)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from headrace.core.errors import HeadraceError, Overloaded
+from headrace.server.schemas import CLASS_TAG, TARGETS_TAG
 
 _TYPES = {
     401: "authentication_error",
@@ -23,7 +24,7 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
-_BODY_FIELDS = {"body", "query", "path", "header"}
+_BODY_FIELDS = {"body", "query", "path", "header", TARGETS_TAG, CLASS_TAG}
 _LONGEST_MESSAGE = 2000
 _SEPARATORS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 """Line ends to many a client's reader of events, though not to JSON."""
@@ -123,7 +124,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str]:
-    """(message, param, code) for pydantic's list of errors; values the client sent are not repeated."""
+    """(message, param, code) for pydantic's list of errors; of the values the client sent only single numbers are repeated."""
     if not errors:
         return "the request is not valid", None, "invalid_value"
     first = errors[0]
@@ -139,4 +140,6 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str]:
     own = [error for error in errors if [p for p in error["loc"] if p not in _BODY_FIELDS][:1] == where[:1]]
     reasons = list(dict.fromkeys(str(error["msg"]) for error in own))
     path = ".".join(str(part) for part in where) if len(own) == 1 else param
-    return f"{path}: {'; or: '.join(reasons[:4])}", param, "invalid_value"
+    value = first.get("input")
+    given = f" (it is {value!r:.30})" if isinstance(value, int | float) and len(own) == 1 else ""
+    return f"{path}: {'; or: '.join(reasons[:4])}{given}", param, "invalid_value"

@@ -40,12 +40,13 @@ class Piece:
 
 
 class Choice:
-    """One sequence of the answer: its text so far unread, its tokens and its times."""
+    """One sequence of the answer: its text so far unread, its tokens and its times, and what became of drafts."""
 
     def __init__(self, index: int, stream: TextStream, request: Request) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.timing = RequestTiming(request.arrival)
+        self.steps = self.drafted = self.accepted = 0
         self._stop_ids = frozenset(request.params.stop_token_ids)
         self._stream = stream
         self._unread: Piece | None = None
@@ -66,6 +67,9 @@ class Choice:
         """Take in a delta; True when there is something new to read."""
         part = self._stream.push(delta)
         self._note_time(delta)
+        self.steps += delta.steps
+        self.drafted += delta.drafted
+        self.accepted += delta.accepted
         if part.done:
             self.finish_reason = part.finish_reason or "stop"
         if not (part.text or part.logprobs or part.done):
@@ -109,7 +113,7 @@ class Feed:
         service: who generates.
         tokenizer: turns tokens into text.
         requests: one per prompt, with equal parameters; choice ``i`` of prompt ``p`` has index ``p * n + i``.
-        tier: name under which attainment is counted.
+        slo_class: name under which attainment is counted.
         on_open, on_close: told when the feed starts to hold the engine's attention and when it no longer does.
     """
 
@@ -119,11 +123,11 @@ class Feed:
         tokenizer: Tokenizer,
         requests: Sequence[Request],
         *,
-        tier: str = "none",
+        slo_class: str = "none",
         on_open: Callable[[Feed], None],
         on_close: Callable[[Feed], None],
     ) -> None:
-        self._service, self.requests, self._tier = service, tuple(requests), tier
+        self._service, self.requests, self.slo_class = service, tuple(requests), slo_class
         self._on_open, self._on_close = on_open, on_close
         params: SamplingParams = requests[0].params
         self.choices = [
@@ -205,9 +209,12 @@ class Feed:
             completion_tokens=sum(choice.tokens for choice in self.choices),
             cached_tokens=sum(choice.timing.cached_tokens for choice in first),
             slo=self.requests[0].slo,
-            tier=self._tier,
+            slo_class=self.slo_class,
             timings=[choice.timing for choice in self.choices if choice.timing.first_token is not None],
             finish_reasons=[choice.finish_reason or lost for choice in self.choices],
+            steps=sum(choice.steps for choice in self.choices),
+            drafted=sum(choice.drafted for choice in self.choices),
+            accepted=sum(choice.accepted for choice in self.choices),
         )
 
     async def _pump(self, prompt: int, stream: AsyncIterator[SequenceDelta]) -> None:

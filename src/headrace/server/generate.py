@@ -6,9 +6,8 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Header
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
@@ -18,19 +17,16 @@ from headrace.core.retrieval import Retrieval
 from headrace.server.access import CLIENT_LEFT
 from headrace.server.errors import json_response
 from headrace.server.feed import Feed
-from headrace.server.sampling import resolve_slo
 from headrace.server.schemas import GenerationBody
 from headrace.server.serving import Serving
 from headrace.server.shape import Shape
 from headrace.server.stream import EventStream, watching
+from headrace.server.targets import SLOHeaders, Targets, resolve
 
 if TYPE_CHECKING:
     from headrace.models.text.tokenizer import Tokenizer
 
-
-SLOHeader = Annotated[
-    str | None, Header(alias="X-Headrace-SLO", description="Latency targets, as in `ttft_ms=200,tpot_ms=50`.")
-]
+_SPECULATE = {"on": True, "off": False, "auto": None, None: None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +58,7 @@ class Job:
     head: Head
     requests: tuple[Request, ...]
     tokenizer: Tokenizer
+    targets: Targets
 
 
 def make_job(
@@ -74,29 +71,29 @@ def make_job(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    slo_header: str | None = None,
+    headers: SLOHeaders,
 ) -> Job:
     """Turn prompts and parameters into engine requests, with the client's targets, priority and label."""
-    settings = serving.settings
     name = f"{prefix}-{uuid.uuid4().hex}"
-    slo = resolve_slo(body, slo_header, settings.tiers, settings.tier_names())
+    targets = resolve(body, headers, serving.settings.slo_classes)
     requests = tuple(
         Request(
             id=name if len(prompts) == 1 else f"{name}-{number}",
             prompt=tuple(prompt),
             params=params,
             priority=body.priority or 0,
-            slo=slo,
-            tier=body.service_tier,
+            slo=targets.slo,
+            tier=targets.name,
             arrival=getattr(http.state, "arrival", 0.0) or time.monotonic(),
             cache_salt=body.cache_salt or "",
             owner=getattr(http.state, "owner", ""),
+            speculate=_SPECULATE[body.speculate],
             kv=None if body.kv is None else Retrieval(body.kv.mode, body.kv.budget),
         )
         for number, prompt in enumerate(prompts)
     )
-    head = Head(name, int(time.time()), card.name, serving.fingerprint(), body.service_tier)
-    return Job(head, requests, tokenizer)
+    head = Head(name, int(time.time()), card.name, serving.fingerprint(), targets.tier)
+    return Job(head, requests, tokenizer, targets)
 
 
 async def answer(serving: Serving, http: HttpRequest, body: GenerationBody, job: Job, shape: Shape) -> Response:
@@ -105,7 +102,7 @@ async def answer(serving: Serving, http: HttpRequest, body: GenerationBody, job:
         serving.service,
         job.tokenizer,
         job.requests,
-        tier=job.head.tier or "none",
+        slo_class=job.targets.name,
         on_open=serving.opened,
         on_close=_closer(serving, http),
     )

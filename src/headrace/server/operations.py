@@ -40,6 +40,7 @@ async def version() -> Response:
 async def metrics(request: Request, server: Server) -> Response:
     """Everything the server counts, for Prometheus."""
     stats = await server.stats()
+    server.metrics.show_attainment(server.monitor.attainment)
     accept = request.headers.get("accept", "")
     text, content_type = server.metrics.render(accept, server.state, server.open_requests, stats)
     return Response(text, headers={"content-type": content_type})

@@ -1,4 +1,4 @@
-"""What became of a request: tokens, latencies, targets. Pure; feeds ``usage`` and the metrics."""
+"""What became of a request: tokens, latencies, targets, drafts. Pure; feeds ``usage``, the metrics and the dashboard."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from headrace.core.request import SLO
 class Outcome:
     """One HTTP request's sums over its prompts and choices.
 
-    ``timings`` are those of the choices that got a token; ``finish_reasons`` has one word per choice ("stop", "length",
-    "error", "cancelled"); ``tier`` is the name under which attainment is counted.
+    Attributes:
+        prompt_tokens, completion_tokens, cached_tokens: of the prompts, of the answers, and of the prompts as found in the cache.
+        slo: the targets.
+        slo_class: the name under which attainment is counted.
+        timings: of the choices that got a token.
+        finish_reasons: one word per choice ("stop", "length", "error", "cancelled").
+        steps: decode steps of all choices; each brought at least one token.
+        drafted, accepted: draft nodes verified for it, and those of them that became part of an answer.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     slo: SLO
-    tier: str = "none"
+    slo_class: str = "none"
     timings: Sequence[RequestTiming] = ()
     finish_reasons: Sequence[str] = field(default_factory=tuple)
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def complete(self) -> bool:
@@ -49,18 +58,60 @@ class Outcome:
         """Whether the targets were met; None without targets. An answer of one token has no TPOT to miss."""
         return self.slo.met_by(self.ttft_ms, self.tpot_ms)
 
+    @property
+    def attained(self) -> bool | None:
+        """What attainment counts: :attr:`met`, but an answer that failed is a miss, and one its client gave up counts only (as a
+        miss) when its first token was late already."""
+        if self.complete or self.met is None:
+            return self.met
+        if "error" in self.finish_reasons:
+            return False
+        late = self.slo.ttft_ms is not None and self.ttft_ms is not None and self.ttft_ms > self.slo.ttft_ms
+        return False if late else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens committed per decode step and sequence, first tokens excluded; 1 without accepted drafts."""
+        return None if self.steps == 0 else (self.completion_tokens - len(self.timings)) / self.steps
+
+    def slack(self) -> dict[str, float]:
+        """Target ("ttft", "tpot") -> seconds by which the last of its tokens came before (below 0: after) its deadline.
+
+        For TPOT the deadline of the last token is the first token's time plus the target for every token after it; the worst
+        choice counts.
+        """
+        found: dict[str, float] = {}
+        if self.slo.ttft_ms is not None and self.ttft_ms is not None:
+            found["ttft"] = (self.slo.ttft_ms - self.ttft_ms) / 1e3
+        if self.slo.tpot_ms is not None:
+            spare = [
+                (self.slo.tpot_ms - timing.tpot_ms) * (timing.decoded - 1) / 1e3
+                for timing in self.timings
+                if timing.tpot_ms is not None
+            ]
+            if spare:
+                found["tpot"] = min(spare)
+        return found
+
     def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage`` with our ``slo``."""
+        """OpenAI's ``usage`` with our ``slo`` and ``speculation``."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "slo": {
+                "class": self.slo_class,
                 "ttft_ms": self.slo.ttft_ms,
                 "tpot_ms": self.slo.tpot_ms,
                 "achieved": {"ttft_ms": _rounded(self.ttft_ms), "tpot_ms": _rounded(self.tpot_ms)},
                 "met": self.met,
+            },
+            "speculation": {
+                "steps": self.steps,
+                "drafted_tokens": self.drafted,
+                "accepted_tokens": self.accepted,
+                "tokens_per_step": _rounded(self.tokens_per_step),
             },
         }
 

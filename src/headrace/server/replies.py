@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class ErrorDetail(BaseModel):
@@ -37,22 +37,35 @@ class Achieved(BaseModel):
 
 
 class SLOReport(BaseModel):
-    """Targets, what was achieved, and whether that is within them (null without targets)."""
+    """The class they come from, targets, what was achieved, and whether that is within them (null without targets)."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    class_: str = Field(alias="class")
     ttft_ms: float | None
     tpot_ms: float | None
     achieved: Achieved
     met: bool | None
 
 
+class SpeculationReport(BaseModel):
+    """Decode steps, draft nodes verified and accepted, and tokens per decode step (null before there was one)."""
+
+    steps: int
+    drafted_tokens: int
+    accepted_tokens: int
+    tokens_per_step: float | None
+
+
 class Usage(BaseModel):
-    """OpenAI's usage with our ``slo``."""
+    """OpenAI's usage with our ``slo`` and ``speculation``."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
     slo: SLOReport
+    speculation: SpeculationReport
 
 
 class TopLogprob(BaseModel):

@@ -1,14 +1,13 @@
-"""From a request's fields to sampling parameters, structure and latency targets. Pure."""
+"""From a request's fields to sampling parameters and structure. Pure."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.request import SLO, SamplingParams, Structure
+from headrace.core.request import SamplingParams, Structure
 from headrace.engine.grammar import field_of, validate
 from headrace.server.schemas import ChatBody, CompletionBody, GenerationBody, ResponseFormat, StructuredOutputs
 
@@ -16,7 +15,6 @@ _SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "stop", "stop_token_ids", "min_tokens", "ignore_eos", "skip_special_tokens",
 )  # fmt: skip
-_HEADER_ITEM = re.compile(r"(ttft_ms|tpot_ms)=([0-9]{1,9}(?:\.[0-9]{1,6})?)", re.ASCII)
 _LARGEST_ID = 1 << 31
 
 
@@ -129,36 +127,3 @@ def _choice(choices: list[str] | None, field: str) -> Structure | None:
     if not choices or not all(choices):
         raise InvalidRequest(f"{field}: give at least one choice, none of them empty", field=field)
     return Structure("choice", json.dumps(choices))
-
-
-def resolve_slo(body: GenerationBody, header: str | None, tiers: Mapping[str, SLO], known: tuple[str, ...]) -> SLO:
-    """Latency targets: the body's first, then the header's, then those of the service tier, each on its own.
-
-    Raises :class:`InvalidRequest` on an unknown tier or a header that cannot be read.
-    """
-    if body.service_tier is not None and body.service_tier not in known:
-        raise InvalidRequest(f"service_tier is unknown here: give one of {', '.join(known)}", field="service_tier")
-    tier = tiers.get(body.service_tier or "", SLO())
-    from_header = parse_slo_header(header)
-    own = body.slo
-    picked = {}
-    for name in ("ttft_ms", "tpot_ms"):
-        options = (getattr(own, name) if own else None, from_header.get(name), getattr(tier, name))
-        picked[name] = next((value for value in options if value is not None), None)
-    return SLO(**picked)
-
-
-def parse_slo_header(header: str | None) -> dict[str, float]:
-    """``ttft_ms=200,tpot_ms=50`` as a dictionary."""
-    targets: dict[str, float] = {}
-    for item in (header or "").split(","):
-        if not item.strip():
-            continue
-        match = _HEADER_ITEM.fullmatch(item.strip())
-        if match is None or float(match[2]) <= 0:
-            raise InvalidRequest(
-                "X-Headrace-SLO cannot be read: write ttft_ms=200,tpot_ms=50 (milliseconds above 0)",
-                field="X-Headrace-SLO",
-            )
-        targets[match[1]] = float(match[2])
-    return targets

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from headrace.core.request import MAX_LOGPROBS, MAX_N
 
@@ -65,6 +65,28 @@ class KVWish(BaseModel):
 
     mode: Literal["full", "pq", "auto"] = "auto"
     budget: float = Field(0.1, gt=0, le=1, description="Share of the context that a step reads.")
+
+
+TARGETS_TAG, CLASS_TAG = "slo-targets", "slo-class"
+"""Parts of an error's path that stand in no client's request."""
+
+
+def _kind_of_slo(given: Any) -> str:
+    return CLASS_TAG if isinstance(given, str) else TARGETS_TAG
+
+
+SLOField = Annotated[
+    Annotated[SLOTargets, Tag(TARGETS_TAG)] | Annotated[str, Field(min_length=1, max_length=64), Tag(CLASS_TAG)],
+    Discriminator(_kind_of_slo),
+]
+
+
+def _as_word(given: Any) -> Any:
+    """``true`` and ``false`` as YAML reads them."""
+    return {True: "on", False: "off"}[given] if isinstance(given, bool) else given
+
+
+Speculate = Annotated[Literal["on", "off", "auto"], BeforeValidator(_as_word)]
 
 
 class JsonSchema(Body):
@@ -133,8 +155,12 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     priority: int | None = Field(None, ge=-INT32, lt=INT32, description="Lower runs sooner.")
-    service_tier: str | None = Field(None, max_length=64)
-    slo: SLOTargets | None = None
+    service_tier: str | None = Field(None, max_length=64, description="One of OpenAI's tiers, or a service class.")
+    slo: SLOField | None = Field(None, description="Latency targets, or the name of a service class.")
+    speculate: Speculate | None = Field(
+        None,
+        description="Draft for this request wherever drafts can be had (on), never (off), or as the policy sees fit (auto).",
+    )
     kv: KVWish | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 

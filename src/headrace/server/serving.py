@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from headrace.core.errors import EngineUnavailable, HeadraceError, ModelNotFound
 from headrace.core.outputs import EngineStats
 from headrace.core.protocols import ModelCard, Service, ServiceState
+from headrace.server.monitor import Monitor
 from headrace.server.settings import ServerSettings
 from headrace.version import __version__
 
@@ -41,6 +42,7 @@ class Serving:
         self, service: Service, tokenizer: Callable[[], Tokenizer], settings: ServerSettings, metrics: Metrics
     ) -> None:
         self.service, self.settings, self.metrics = service, settings, metrics
+        self.monitor = Monitor(settings.slo_classes)
         self._load_tokenizer = tokenizer
         self._tokenizer: asyncio.Future[Tokenizer] | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -122,11 +124,13 @@ class Serving:
     def opened(self, feed: Feed) -> None:
         """Note an open request."""
         self._feeds.add(feed)
+        self.monitor.opened(feed)
         self._idle.clear()
 
     def closed(self, feed: Feed) -> None:
         """Note its end."""
         self._feeds.discard(feed)
+        self.monitor.closed(feed)
         if not self._feeds:
             self._idle.set()
 

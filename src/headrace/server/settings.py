@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from headrace.core.errors import InvalidRequest
-from headrace.core.request import SLO
-
-OPENAI_TIERS = ("auto", "default", "flex", "scale", "priority")
+from headrace.server.classes import SLOClasses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +17,10 @@ class ServerSettings:
         api_keys: (label, key) pairs; none means that everybody is let in. The label stands for the client in the engine
             (``Request.owner``) and in the log; the key itself is neither logged nor shown by ``repr``.
         protect_metrics: ask for a key at ``/metrics`` too.
-        tiers: latency targets by name, chosen by a client through ``service_tier``; beside OpenAI's own names.
+        slo_classes: latency targets by name, and which of them a request gets.
+        allowed_hosts: names by which the server may be called beside those that are always good; see
+            :mod:`headrace.server.hosts`. ``("*",)`` allows all.
+        dashboard: serve ``/dashboard``.
         max_body_bytes: largest request body; a larger one is refused (413) while it arrives.
         body_timeout_s: how long a body may take to arrive (408).
         max_open_requests: HTTP requests worked on at once, above which new ones are refused (429).
@@ -37,7 +37,9 @@ class ServerSettings:
 
     api_keys: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     protect_metrics: bool = False
-    tiers: Mapping[str, SLO] = field(default_factory=dict)
+    slo_classes: SLOClasses = field(default_factory=SLOClasses)
+    allowed_hosts: tuple[str, ...] = ()
+    dashboard: bool = True
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 60.0
     max_open_requests: int = 2048
@@ -70,10 +72,6 @@ class ServerSettings:
     def key_digests(self) -> tuple[tuple[str, bytes], ...]:
         """(label, SHA-256 of the key) pairs, all that the running server keeps of the keys."""
         return tuple((label, digest(key.encode())) for label, key in self.api_keys)
-
-    def tier_names(self) -> tuple[str, ...]:
-        """Values that ``service_tier`` may take."""
-        return tuple(dict.fromkeys((*OPENAI_TIERS, *self.tiers)))
 
 
 def digest(key: bytes) -> bytes:

@@ -20,6 +20,12 @@ from headrace.core.speculation import ROOT, DraftTree, Floats
 _EDGE = 0.005
 """Probabilities are kept this far from 0 and 1: nothing a draft says is certain."""
 
+_NEWS, _DOUBT = 0.02, 5.0
+"""Share of the mean curve that every draft replaces, and how many drafts the curve before the first one is worth."""
+
+_NEARLY = 0.9
+"""A layer that is not drafted holds at least so much of the chance that the one above it gives."""
+
 
 @dataclass(slots=True)
 class _Source:
@@ -29,6 +35,7 @@ class _Source:
         slope, bias, var_slope, var_bias, cov: posterior of the regression: means, variances and what they share.
         rate: mean acceptance of first choices once their parents are.
         curve: mean chance of the best node of each layer.
+        seen: drafts in that mean.
     """
 
     slope: float = 1.0
@@ -38,13 +45,24 @@ class _Source:
     cov: float = 0.0
     rate: float = 0.7
     curve: Floats = field(default_factory=lambda: 0.7 ** np.arange(1.0, 5.0))
+    seen: int = 0
 
     def see(self, paths: Floats) -> None:
-        """Take a draft's chances, by depth, into the mean curve. Drafts count whether they are verified or not."""
+        """Take a draft's chances, by depth, into the mean curve. Drafts count whether they are verified or not.
+
+        Layers that were not drafted are taken to be hardly worse than the last ones that were, so that drafts which got better are made
+        deeper again.
+        """
         if len(paths) > len(self.curve):
             more = self.curve[-1] * (self.curve[-1] / self.curve[-2]) ** np.arange(1, len(paths) - len(self.curve) + 1)
             self.curve = np.concatenate([self.curve, more])
-        self.curve[: len(paths)] += 0.02 * (paths - self.curve[: len(paths)])
+        count = len(paths)
+        self.seen += 1
+        self.curve[:count] += max(_NEWS, 1.0 / (self.seen + _DOUBT)) * (paths - self.curve[:count])
+        if count < len(self.curve):
+            last, before = self.curve[count - 1], self.curve[count - 2] if count > 1 else 1.0
+            least = last * (_NEARLY * last / before) ** np.arange(1, len(self.curve) - count + 1)
+            np.maximum(self.curve[count:], least, out=self.curve[count:])
 
 
 @dataclass(slots=True)

@@ -25,18 +25,29 @@ class DraftTimes:
         if not known:
             return self._unknown * depth
         octave = _octave(sequences, width)
-        return known[min(known, key=lambda o: (abs(o - octave), o))] * depth
+        return known[_nearest(known, octave)] * depth
 
     def observe(self, source: str, sequences: int, depth: int, width: int, ms: float) -> None:
-        """Learn that such a draft took ``ms``; a single hiccup counts for at most three times what was expected."""
+        """Learn that such a draft took ``ms``; a single hiccup counts for at most three times what was expected.
+
+        Where nothing of the size was seen before, as many times the nearest size's cost are believed as there are times as many rows.
+        """
         if not (sequences and depth and ms > 0 and math.isfinite(ms)):
             return
         layers = self._layers.setdefault(source, {})
         octave, layer = _octave(sequences, width), ms / depth
-        if octave not in layers:
+        if not layers:
             layers[octave] = layer
+            return
+        nearest = _nearest(layers, octave)
+        if octave not in layers:
+            layers[octave] = min(layer, 3.0 * layers[nearest] * 2.0 ** abs(octave - nearest))
         else:
             layers[octave] += self._rate * (min(layer, 3.0 * layers[octave]) - layers[octave])
+
+
+def _nearest(layers: dict[int, float], octave: int) -> int:
+    return min(layers, key=lambda o: (abs(o - octave), o))
 
 
 def _octave(sequences: int, width: int) -> int:

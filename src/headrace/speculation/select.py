@@ -97,29 +97,19 @@ def slo_phase(
     return owed
 
 
-def best_yield(
-    expected: float, gains: Floats, milliseconds: Callable[[int], float], *, least: int = 0, most: int | None = None
-) -> tuple[int, float]:
-    """How many nodes make a step commit the most tokens a millisecond.
+def best_yield(expected: float, gains: Floats, spent: Floats) -> int:
+    """How many nodes make a step commit the most tokens a millisecond; the fewest of equals.
 
     Args:
         expected: tokens the step commits without any of these nodes.
         gains: float64[k], what each further node adds, best first.
-        milliseconds: what the step costs with so many of them; asked at a few sizes and taken as linear between.
-        least, most: bounds of the answer.
-
-    Returns:
-        The number of nodes and the tokens a millisecond.
+        spent: float64[at least k + 1], milliseconds of the step with 0, 1, ... of them.
     """
-    most = len(gains) if most is None else min(most, len(gains))
-    least = min(least, most)
-    sizes = np.array(ladder(least, most))
-    costs = np.array([milliseconds(int(size)) for size in sizes])
-    counts = np.arange(least, most + 1)
-    tokens = expected + np.concatenate([[0.0], np.cumsum(gains)])[counts]
-    rates = tokens / np.interp(counts, sizes, costs)
-    best = int(rates.argmax())
-    return least + best, float(rates[best])
+    tokens = np.empty(len(gains) + 1)
+    tokens[0] = expected
+    np.cumsum(gains, out=tokens[1:])
+    tokens[1:] += expected
+    return int((tokens / spent[: len(tokens)]).argmax())
 
 
 def ladder(low: int, high: int) -> list[int]:

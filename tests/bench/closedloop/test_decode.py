@@ -98,6 +98,46 @@ def test_a_spent_budget_starts_no_engine_and_no_second_round(
     assert {row["repeat"] for row in rows} == {0}
 
 
+def test_an_interrupted_run_keeps_what_it_has(
+    setting: decode.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, fake_peer(tmp_path, name="a"))
+    sessions: list[_Fast] = []
+
+    def started(*_: Any, **__: Any) -> Any:
+        sessions.append(_Fast())
+        return sessions[-1]
+
+    monkeypatch.setattr(peers, "start", started)
+
+    def interrupt(line: str) -> None:
+        if "tok/s" in line:
+            raise KeyboardInterrupt
+
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        decode.run(setting, rows=rows, report=interrupt)
+    assert Counter(row["kind"] for row in rows) == {"agreement": 1, "decode": 1}
+    assert [session.closed for session in sessions] == [True]
+
+
+def test_the_inside_is_not_charged_to_the_turns(
+    setting: decode.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, fake_peer(tmp_path, name="a"))
+    monkeypatch.setattr(peers, "start", _started)
+    clock = [0.0]
+    monkeypatch.setattr(decode, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow_inside(*_: Any, **__: Any) -> list[dict[str, Any]]:
+        clock[0] += 500.0
+        return []
+
+    monkeypatch.setattr(decode, "inside_rows", slow_inside)
+    rows = decode.run(replace(setting, inside=True, budget_s=10.0))
+    assert {row["repeat"] for row in of_kind(rows, "decode")} == {0, 1}
+
+
 def test_a_machine_without_room_leaves_engines_out(
     setting: decode.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +180,7 @@ class _Fast:
     """A session without a process, for tests of the order of things."""
 
     name, precision, ran, url, model = "a", "fp32", "fast", None, None
+    closed = False
 
     def generate(self, prompts: list[list[int]], new: int) -> peers.Answer:
         return peers.Answer([[random.randrange(9)] * new for _ in prompts], 0.001 * new)
@@ -148,7 +189,8 @@ class _Fast:
 
     def resume(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed = True
 
 
 def _started(*_: Any, **__: Any) -> Any:

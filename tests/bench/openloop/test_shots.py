@@ -45,6 +45,13 @@ def test_every_token_is_counted_and_timed(server: FakeServer) -> None:
     assert done.client["sent"] == 5
 
 
+def test_times_between_tokens_are_told_where_they_are_wanted(server: FakeServer) -> None:
+    done = over_http(server.url, "m", [shot(1), shot(2, new=1)], cutoff_s=20, gaps=True)
+    assert {name: len(gaps) for name, gaps in done.gaps_ms.items()} == {"1": 4, "2": 0}
+    assert sum(done.gaps_ms["1"]) == pytest.approx(4 * (done.rows[0]["tpot_ms"] or 0), abs=0.1)
+    assert over_http(server.url, "m", [shot(1)], cutoff_s=20).gaps_ms == {}
+
+
 def test_what_is_sent_is_greedy_streamed_and_of_exact_length(server: FakeServer) -> None:
     over_http(server.url, "m", [shot(1, new=4, slo=SLO(tpot_ms=50.0))], cutoff_s=20)
     (body,) = server.bodies

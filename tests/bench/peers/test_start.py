@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def test_a_checkpoint_is_converted_once_and_loaded_from_there(tmp_path: Path) ->
     assert not is_converted(peer, digest, "fp32")
     assert not is_converted(replace(peer, version="2.0"), digest, "int8")
     assert json.loads((peer.converted(digest, "int8") / "converted.json").read_text()) == [str(model), "int8"]
+
+
+def test_an_engine_that_loads_for_long_says_so_and_is_given_up_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["headrace.bench.peers.start"], "NEWS_S", 0.2)
+    heard: list[str] = []
+    with pytest.raises(PeerFailed, match="gave no answer to 'load' within 2 s"):
+        start(
+            fake_peer(tmp_path / "peers", "slow start"),
+            checkpoint(tmp_path / "model"),
+            "fp32",
+            load_s=2.0,
+            report=heard.append,
+        )
+    assert len(heard) >= 2
+    assert heard[0] == "fake: loading, 0 s"
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:

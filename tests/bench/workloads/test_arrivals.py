@@ -14,6 +14,7 @@ from headrace.bench.workloads.arrivals import (
     Arrival,
     poisson,
     prompt_of,
+    repeated,
     requests,
     rescaled,
     truncated,
@@ -115,3 +116,14 @@ def test_requests_carry_everything() -> None:
     assert (request.params.max_tokens, request.params.ignore_eos, request.params.greedy) == (6, True, True)
     assert len(request.prompt) == 4
     assert max(request.prompt) < 50
+
+
+def test_repeating_a_workload_keeps_its_rate_across_the_seams() -> None:
+    arrivals = [Arrival(5.0 + t, 10 + t, 1) for t in (0, 1, 2, 3)]
+    long = repeated(arrivals, 10.0)
+    assert [a.time_s for a in long] == [float(t) for t in range(11)]
+    assert [a.prompt_tokens for a in long] == [10 + t % 4 for t in range(11)]
+    with pytest.raises(InvalidRequest, match="all come at once"):
+        repeated([Arrival(1.0, 1, 1)] * 3, 10.0)
+    with pytest.raises(InvalidRequest, match="all come at once"):
+        repeated([], 10.0)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.policies.test_policies import Fake, limits, sequences, view
+from tests.engine.policies.test_policies import limits, sequences, view
+from tests.sequences import Fake
 
 from headrace.core.batch import StepShape
 from headrace.core.clock import VirtualClock

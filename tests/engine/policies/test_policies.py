@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.sequences import Fake
 
 from headrace.core.errors import InvalidRequest
 from headrace.core.order import in_prefill, urgency
 from headrace.core.policy import Limits, View
-from headrace.core.request import SLO
 from headrace.engine.policies import POLICIES, get_policy
-
-
-@dataclass
-class Fake:
-    """A sequence as a policy sees it."""
-
-    id: int
-    pending: int = 1
-    decoded: int = 1
-    context: int = 0
-    priority: int = 0
-    arrival: float = 0.0
-    width: int = 1
-    remaining: int = 10
-    owner: str = ""
-    slo: SLO = field(default_factory=SLO)
-    first_token: float | None = None
 
 
 @st.composite

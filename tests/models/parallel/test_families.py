@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.models.packing import Fed, feed, ints, truth
 
 from headrace.core.policy import Limits
 from headrace.core.request import Request, SamplingParams
@@ -23,6 +24,7 @@ from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
 from headrace.engine.sampling import TorchSampler
 from headrace.models.cache.slots import SlotPool
+from headrace.models.fused.linear import choose_linears
 from headrace.models.load import load
 from headrace.models.parallel.group import Group, join, leave
 from headrace.models.parallel.ranks import Setup
@@ -45,6 +47,7 @@ FAMILIES = [
     "mixtral",
 ]
 CONTROL = "llama without its sums"
+QUANTISED = {"llama rounded to int8": "int8", "llama rounded to nf4": "nf4"}
 KV_GIB = 0.002
 NEW = 20
 PROMPTS = [[7], list(range(5, 45)), list(range(60, 77)), list(range(100, 170))]
@@ -94,6 +97,7 @@ class Pair:
         """The runner of both ranks over the checkpoint ``name``, and its pool."""
         path = tiny.checkpoint(name.split()[0], self.folder / name.replace(" ", "-"))
         options = {"name": str(path), "dtype": "float32"}
+        linears, quantize = ("auto", QUANTISED[name]) if name in QUANTISED else ("module", None)
         room = {"kv_gib": KV_GIB, "max_context": None}
         pipe = self.pipes[name]
         pipe.send(
@@ -104,8 +108,8 @@ class Pair:
                 device="cpu",
                 threads=1,
                 load=options,
-                linears="module",
-                quantize=None,
+                linears=linears,
+                quantize=quantize,
                 slots=room,
                 runner={"attention": "reference"},
             )
@@ -115,13 +119,14 @@ class Pair:
             join(group, self.folder / "ranks", CPU)
             self.joined = True
         model = load(**options, device="cpu", group=group, progress=False)
+        choose_linears(model, linears, quantize)
         pool = SlotPool(shared_slots(model, group, KV_GIB, None))
         return ParallelRunner(ModelRunner(model, pool, attention="reference"), OneRank(pipe)), pool  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    made = Pair(tmp_path_factory.mktemp("ranks"), [*FAMILIES, CONTROL])
+    made = Pair(tmp_path_factory.mktemp("ranks"), [*FAMILIES, CONTROL, *QUANTISED])
     yield made
     for pipe in made.pipes.values():
         pipe.close()
@@ -175,3 +180,26 @@ def test_without_the_sums_the_answers_differ(pair: Pair, monkeypatch: pytest.Mon
         assert answers(runner, pool) != alone("llama")
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_ranks_that_round_their_shares_are_as_exact_as_one_process(pair: Pair, name: str) -> None:
+    """Not the same bits: a share of a row has scales of its own. But no further from what the weights say."""
+    runner, _ = pair.runner(name)
+    single = load(str(tiny.checkpoint("llama", pair.folder / "whole")), dtype="float32", device="cpu", progress=False)
+    exact = truth(single.module, ints(PROMPTS[3]))
+    choose_linears(single, "auto", QUANTISED[name])
+    try:
+        errors = [distance(run, exact) for run in (runner, ModelRunner(single, SlotPool(700), "reference"))]
+    finally:
+        runner.close()
+    assert 0 < errors[1] < 0.5
+    assert 0 < errors[0] < 1.5 * errors[1]
+
+
+def distance(runner: Any, exact: torch.Tensor) -> float:
+    """How far the logits of the longest prompt, in two chunks, are from ``exact``, in units of their spread."""
+    sequence = Fed(ints(PROMPTS[3]), ints(range(len(PROMPTS[3]))))
+    for count in (30, 40):
+        feed(runner, [sequence], [count])
+    return float((torch.cat(sequence.logits) - exact).std() / exact.std())

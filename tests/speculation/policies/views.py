@@ -6,29 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from tests import sequences
 
 from headrace.core.batch import StepShape
 from headrace.core.policy import Limits, View
-from headrace.core.request import SLO
 from headrace.core.speculation import DraftTree, Floats, Outlook
 
 
 @dataclass
-class Fake:
-    """A sequence as a policy sees it."""
+class Fake(sequences.Fake):
+    """One that has been decoding for a while, unless it is said otherwise."""
 
-    id: int
-    pending: int = 1
     decoded: int = 10
     context: int = 100
-    priority: int = 0
-    arrival: float = 0.0
-    width: int = 1
     remaining: int = 100
-    owner: str = ""
-    slo: SLO = field(default_factory=SLO)
     first_token: float | None = 1.0
-    speculate: bool | None = None
 
 
 @dataclass

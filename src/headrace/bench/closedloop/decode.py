@@ -30,7 +30,7 @@ __all__ = ["Setting", "claims", "quick", "run", "table"]
 
 Row = dict[str, Any]
 Report = Callable[[str], None]
-QUICK_PEERS = ("headrace", "transformers", "transformers-cb", "openvino", "ctranslate2", "llama.cpp")
+QUICK_PEERS = ("headrace", "transformers", "transformers-cb", "openvino")
 AGREED_PROMPTS, AGREED_TOKENS = 4, 24
 
 
@@ -51,7 +51,8 @@ class Setting:
         seed: of weights and prompts.
         convert: whether to convert the checkpoint for peers that have not done so yet; if not they are left out.
         inside: whether to measure steps of our engine and the bundled pair as well.
-        budget_s: seconds after which no engine is started and no further round begun.
+        budget_s: seconds of the turns after which no engine is started and no further round begun.
+        load_s: seconds any engine may take to load.
         brief: whether the steps and the pair are measured on less.
     """
 
@@ -69,6 +70,7 @@ class Setting:
     convert: bool = True
     inside: bool = True
     budget_s: float | None = None
+    load_s: float = 300.0
     brief: bool = False
 
     def __post_init__(self) -> None:
@@ -95,29 +97,33 @@ class Entry:
 
 
 def quick(setting: Setting) -> Setting:
-    """The same in little more than half a minute: a smaller shape, shorter answers, and only what is ready to start."""
+    """The same in about half a minute: a smaller shape, shorter answers, few engines, and of them only what is ready to start."""
     engines = tuple(name for name in QUICK_PEERS if setting.engines is None or name in setting.engines)
-    budget = setting.budget_s or 30.0
+    budget = setting.budget_s or 20.0
     return replace(setting, shape="20m", engines=engines, repeats=2, new=33, convert=False, budget_s=budget, brief=True)
 
 
-def run(setting: Setting, *, report: Report = lambda line: None) -> list[Row]:
+def run(setting: Setting, *, rows: list[Row] | None = None, report: Report = lambda line: None) -> list[Row]:
     """Measure everything in turn.
 
+    Args:
+        rows: where rows go as soon as they are known, so that whoever interrupts the run keeps them; a new list by default.
+
     Returns:
-        Rows of the kinds ``decode``, ``agreement``, ``tree``, ``overhead``, ``kv``, ``drafts`` and, for what could not be
+        ``rows``, of the kinds ``decode``, ``agreement``, ``tree``, ``overhead``, ``kv``, ``drafts`` and, for what could not be
         measured, ``lost`` with the reason.
 
     Raises:
         InvalidRequest: an unknown engine or shape.
         BrokenCheckpoint: ``checkpoint`` is none.
     """
-    deadline = float("inf") if setting.budget_s is None else time.monotonic() + setting.budget_s
     wanted = peers.discover(setting.folder, setting.engines)
     checkpoint = setting.checkpoint or random_checkpoint(setting.shape, setting.seed)
-    rows: list[Row] = []
+    rows = [] if rows is None else rows
     if setting.inside:
         rows += inside_rows(checkpoint, setting.threads, quick=setting.brief, report=report)
+    # What our engine is like inside is asked once and has its own limit: the budget is for the turns.
+    deadline = float("inf") if setting.budget_s is None else time.monotonic() + setting.budget_s
     with contextlib.ExitStack() as stack:
         entries = _start_all(setting, wanted, checkpoint, deadline, rows, stack, report)
         turns = Turns(setting, _vocabulary(checkpoint), rows, report)
@@ -234,7 +240,8 @@ def _start_all(
                 _need_memory(checkpoint)
                 session = peers.start(
                     peer, checkpoint, precision, digest=digest, threads=setting.threads,
-                    sequences=max(setting.batches), context=setting.prompt + setting.new, report=report,
+                    sequences=max(setting.batches), context=setting.prompt + setting.new,
+                    load_s=setting.load_s, report=report,
                 )  # fmt: skip
             except HeadraceError as error:
                 rows.append(_lost(peer, precision, error))

@@ -36,12 +36,14 @@ class Job:
         shots: requests in order of time: {"id", "at_s", "body"}; ``body`` is posted to ``/completions``.
         cutoff_s: when to give up on what is still open, seconds since the start.
         concurrency: closed loop with so many open requests, ``at_s`` ignored; None is open loop.
+        gaps: whether to tell the milliseconds between tokens as well.
     """
 
     url: str
     shots: list[dict[str, Any]]
     cutoff_s: float
     concurrency: int | None = None
+    gaps: bool = False
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class Answer:
     finished: bool = False
     error: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
+    gaps_ms: list[float] | None = None
 
     def take(self, line: bytes, now: float) -> None:
         """Take in one line of an event stream."""
@@ -73,6 +76,8 @@ class Answer:
         choices = event.get("choices")
         if choices:
             self.events += 1
+            if self.gaps_ms is not None and self.last_s is not None:
+                self.gaps_ms.append(round((now - self.last_s) * 1e3, 3))
             self.first_s = now if self.first_s is None else self.first_s
             self.last_s = now
             self.finished = self.finished or choices[0].get("finish_reason") is not None
@@ -93,6 +98,7 @@ class Answer:
             "engine_ttft_ms": achieved.get("ttft_ms"),
             "finished": self.finished and self.error is None,
             "error": self.error,
+            **({} if self.gaps_ms is None else {"gaps_ms": self.gaps_ms}),
         }
 
 
@@ -161,7 +167,7 @@ class Client:
         tasks.update(asyncio.create_task(worker()) for _ in range(self._job.concurrency or 1))
 
     async def _one(self, number: int, shot: dict[str, Any]) -> None:
-        answer = Answer(shot["id"], shot["at_s"])
+        answer = Answer(shot["id"], shot["at_s"], gaps_ms=[] if self._job.gaps else None)
         answer.sent_s = self._now() - self._start
         self.punctuality.lags_ms.append((answer.sent_s - answer.at_s) * 1e3)
         try:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.bench.metrics import RequestRow
@@ -50,10 +50,14 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a replay gave: a row per request, in the order of the shots, and what the client says of itself."""
+    """What a replay gave: a row per request, in the order of the shots, and what the client says of itself.
+
+    ``gaps_ms`` are the milliseconds between each request's tokens by its id, where they were asked for.
+    """
 
     rows: list[RequestRow]
     client: dict[str, Any]
+    gaps_ms: dict[str, list[float]] = field(default_factory=dict)
 
 
 OnRow = Callable[[Mapping[str, Any]], None]
@@ -81,6 +85,7 @@ def over_http(
     *,
     cutoff_s: float,
     concurrency: int | None = None,
+    gaps: bool = False,
     on_row: OnRow = lambda row: None,
 ) -> Replayed:
     """Send ``shots`` to the server at ``url`` from a process of its own.
@@ -90,6 +95,7 @@ def over_http(
         model: name the server knows its model by.
         cutoff_s: seconds after which open requests are given up, and then count as not finished.
         concurrency: None sends each shot when it is due; a number keeps so many open and ignores times.
+        gaps: keep the milliseconds between tokens, too.
         on_row: told of each request as it ends.
 
     Returns:
@@ -97,7 +103,7 @@ def over_http(
         shots that never had their turn have no row.
     """
     wire = [{"id": s.id, "at_s": s.at_s, "body": s.body(model)} for s in shots]
-    job = {"url": url, "shots": wire, "cutoff_s": cutoff_s, "concurrency": concurrency}
+    job = {"url": url, "shots": wire, "cutoff_s": cutoff_s, "concurrency": concurrency, "gaps": gaps}
     lines, code = _run_client(job, cutoff_s + PATIENCE_S, on_row)
     client = next((line for line in lines if "id" not in line), {})
     answers = {line["id"]: line for line in lines if "id" in line}
@@ -108,7 +114,8 @@ def over_http(
         if answer is None and concurrency is not None:
             continue
         rows.append(row_of(shot, answer or _missing(shot, cutoff_s, lost or "cut off")))
-    return Replayed(rows, client)
+    between = {name: answer["gaps_ms"] for name, answer in answers.items() if "gaps_ms" in answer}
+    return Replayed(rows, client, between)
 
 
 def row_of(shot: Shot, answer: Mapping[str, Any]) -> RequestRow:

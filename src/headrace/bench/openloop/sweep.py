@@ -7,11 +7,13 @@ scales, and whether the client was punctual) and ``skipped`` (what was left out,
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.bench import metrics
+from headrace.bench.neighbours import Neighbours
 from headrace.bench.openloop.loads import Load, Lone, Model, with_classes
 from headrace.bench.openloop.shots import Replayed, Shot
 from headrace.bench.openloop.systems import HTTPSystem, System
@@ -43,6 +45,9 @@ class Pace:
         saturate_s: length of the closed-loop run that finds saturation.
         concurrency: requests open in it.
         lone: requests sent one after another.
+        widths: of the closed loops that are measured between pieces, one after the other in turn.
+        width_s: length of each of these.
+        budget_s: seconds of a sweep after which no further round of pieces begins.
     """
 
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
@@ -52,6 +57,9 @@ class Pace:
     saturate_s: float = 8.0
     concurrency: int = 32
     lone: int = 12
+    widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    width_s: float = 3.0
+    budget_s: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,25 @@ class Case:
         return {"load": self.load.name, "fraction": self.fraction, "seed": self.seed}
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A closed loop on a server: what a simulation of it is calibrated with.
+
+    Attributes:
+        concurrency: requests open at any time.
+        seconds: how long.
+        shots: what was sent, in order.
+        rows: of the requests, as :func:`headrace.bench.openloop.shots.row_of` makes them.
+        gaps_ms: between the tokens of each, where they were kept.
+    """
+
+    concurrency: int
+    seconds: float
+    shots: Sequence[Shot]
+    rows: Sequence[Mapping[str, Any]]
+    gaps_ms: Sequence[Sequence[float]] = ()
+
+
 @dataclass(slots=True)
 class Sweep:
     """Measurements on systems, with everything written to ``rows`` as soon as it is known.
@@ -81,6 +108,7 @@ class Sweep:
         seed: of pieces, classes and tokens.
         rows: where rows go.
         cases: what was replayed on the first system, for simulation.
+        levels: closed loops on it, taken between the pieces so that both saw the same moods of the machine.
     """
 
     model: Model
@@ -89,6 +117,7 @@ class Sweep:
     rows: list[dict[str, Any]]
     report: Report = lambda line: None
     cases: list[Case] = field(default_factory=list)
+    levels: list[Level] = field(default_factory=list)
     _turns: int = 0
     _drawn: int = 0
 
@@ -106,8 +135,8 @@ class Sweep:
         self.rows.append(row)
         return Lone(row["ttft_ms"], row["tpot_ms"], row["front_ms"])
 
-    def saturation(self, system: HTTPSystem, load: Load) -> tuple[float, list[Shot]]:
-        """Requests a second of ``load`` that the system answers when it always has ``concurrency`` open, and what it was sent."""
+    def saturation(self, system: HTTPSystem, load: Load) -> float:
+        """Requests a second of ``load`` that the system answers when it always has ``concurrency`` open."""
         self.report(f"{load.name}: {self.pace.concurrency} requests open at any time")
         seconds = self.pace.saturate_s
         arrivals = [load.arrivals[i % len(load.arrivals)] for i in range(max(400, int(MOST_RATE * seconds)))]
@@ -124,40 +153,80 @@ class Sweep:
              "tokens_per_s": round(rate, 3), "requests_per_s": round(rate / mean, 4), "seconds": seconds,
              **self._scales(load)}
         )  # fmt: skip
-        return rate / mean, shots
+        return rate / mean
 
-    def run(self, systems: Sequence[System], load: Load, saturation: float, lone: Lone) -> None:
-        """Replay pieces of ``load`` at every fraction of ``saturation``, the systems in turn on each; the first one's are kept."""
-        left = list(systems)
-        for fraction in self.pace.fractions:
-            for number in self.pace.seeds:
+    def level(self, system: HTTPSystem, load: Load) -> None:
+        """The next closed loop of :attr:`Pace.widths`; its requests become rows of kind ``level``."""
+        width, seconds = self.pace.widths[len(self.levels) % len(self.pace.widths)], self.pace.width_s
+        self.report(f"{load.name}: {width} requests open at any time, to calibrate the simulation")
+        count = min(len(load.arrivals), max(60, int(MOST_RATE * seconds)))
+        first = len(self.levels) * count
+        shots = self._shots([load.arrivals[(first + i) % len(load.arrivals)] for i in range(count)])
+        replayed = system.replay(shots, cutoff_s=seconds, concurrency=width, gaps=width == 1)
+        self.levels.append(Level(width, seconds, shots, replayed.rows, list(replayed.gaps_ms.values())))
+        labels = {"kind": "level", "system": system.name, "load": load.name, "concurrency": width}
+        self.rows.extend({**labels, "turn": len(self.levels), **row} for row in replayed.rows)
+
+    def run(
+        self,
+        systems: Sequence[System],
+        load: Load,
+        saturation: float,
+        lone: Lone,
+        *,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Replay pieces of ``load`` at every fraction of ``saturation``, the systems in turn on each; the first one's are kept.
+
+        Each round goes through all fractions, so that a change of the machine's speed falls on all alike. ``between`` is called
+        before each piece, with the first system running and all others stopped.
+        """
+        most = {system.name: float("inf") for system in systems}  # the fraction above which it is not asked
+        begun = time.monotonic()
+        for number in self.pace.seeds:
+            if time.monotonic() > begun + self.pace.budget_s and number != self.pace.seeds[0]:
+                self.skip(systems[0], load, f"no time left for piece {number + 1} of each rate")
+                break
+            for fraction in self.pace.fractions:
+                self._only(systems[0], systems)
+                between()
                 case = self._case(load, fraction, saturation, lone, number)
-                for system in _rotated(left, self._turns):
+                for system in _rotated(systems, self._turns + number):
+                    if fraction > most[system.name]:
+                        continue
                     self.report(f"{load.name} at {fraction:g} of saturation, piece {number + 1}: {system.name}")
                     try:
                         self._replay(system, systems, case)
                     except HeadraceError as error:
                         self.skip(system, load, f"lost: {error.message}")
-                        left = [s for s in left if s is not system]
+                        most[system.name] = -1.0
                     if system is systems[0]:
                         self.cases.append(case)
+                    elif most[system.name] > fraction and self._hopeless(system, load, fraction):
+                        most[system.name] = fraction
                 self._turns += 1
-            left = [s for s in left if s is systems[0] or not self._hopeless(s, load, fraction)]
 
     def _replay(self, system: System, systems: Sequence[System], case: Case) -> None:
-        for other in systems:
-            if other is not system:
-                other.process.pause()
-        system.process.resume()
+        self._only(system, systems)
+        neighbours = Neighbours()
         replayed = system.replay(case.shots, cutoff_s=case.cutoff_s)
+        elsewhere = round(neighbours.cores(), 3)
         where = {"system": system.name, **case.labels}
         self.rows.extend({"kind": "request", **where, **row} for row in replayed.rows)
         self.rows.append(
             {"kind": "run", **where, "rate": round(case.rate, 4), "requests": len(replayed.rows),
-             "cutoff_s": case.cutoff_s, **self._scales(case.load), **_rounded(replayed.client)}
+             "cutoff_s": case.cutoff_s, "elsewhere_cores": elsewhere, **self._scales(case.load), **_rounded(replayed.client)}
         )  # fmt: skip
         if replayed.rows and all(_unreachable(r) for r in replayed.rows):
             raise LostSystem(system.name, replayed)
+
+    @staticmethod
+    def _only(system: System, systems: Sequence[System]) -> None:
+        """Let ``system`` run alone."""
+        for other in systems:
+            if other is not system:
+                other.process.pause()
+        system.process.resume()
 
     def _hopeless(self, system: System, load: Load, fraction: float) -> bool:
         mine = [r for r in _requests(self.rows, system.name, load.name) if r["fraction"] == fraction]

@@ -49,10 +49,13 @@ class HTTPSystem:
         *,
         cutoff_s: float,
         concurrency: int | None = None,
+        gaps: bool = False,
         on_row: OnRow = lambda row: None,
     ) -> Replayed:
-        """Over HTTP, open or closed loop."""
-        return over_http(self._url, self._model, shots, cutoff_s=cutoff_s, concurrency=concurrency, on_row=on_row)
+        """Over HTTP, open or closed loop; see :func:`headrace.bench.openloop.shots.over_http`."""
+        return over_http(
+            self._url, self._model, shots, cutoff_s=cutoff_s, concurrency=concurrency, gaps=gaps, on_row=on_row
+        )
 
 
 class SessionSystem:

@@ -19,6 +19,8 @@ from headrace.core.errors import HeadraceError
 
 LOAD_S, CONVERT_S, ANSWER_S, CLOSE_S = 600.0, 1800.0, 120.0, 15.0
 """How long a driver may take, in seconds: to load a model, to convert one, to generate, to end."""
+OVERTIME_S = 30.0
+"""How much longer than its cut-off a replay may take: a step that has begun ends first."""
 
 
 class PeerFailed(HeadraceError):
@@ -190,20 +192,21 @@ class Session:
             )
         return Answer(tokens, float(found["seconds"]))
 
-    def replay(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
+    def replay(self, requests: Sequence[Mapping[str, Any]], cutoff_s: float) -> list[dict[str, Any]]:
         """Open loop inside the peer's process.
 
         Args:
             requests: each with ``id``, ``at_s``, ``prompt`` (token ids) and ``new``.
-            timeout_s: seconds until the peer is given up.
+            cutoff_s: seconds from the start after which the peer is to cancel what is open.
 
         Returns:
-            Per request ``id``, ``at_s``, ``first_s``, ``end_s`` (seconds from the start) and ``tokens``.
+            Per request ``id``, ``at_s``, ``first_s``, ``end_s`` (seconds from the start, where it came that far) and ``tokens``.
 
         Raises:
             PeerFailed: as :meth:`Driver.ask`; also for engines without such a mode, which can be asked other things afterwards.
         """
-        rows: list[dict[str, Any]] = self._driver.ask("replay", timeout_s, requests=list(requests))["rows"]
+        answer = self._driver.ask("replay", cutoff_s + OVERTIME_S, requests=list(requests), cutoff_s=cutoff_s)
+        rows: list[dict[str, Any]] = answer["rows"]
         return rows
 
     def pause(self) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from headrace.bench.peers.catalog import DRIVERS, Peer
 from headrace.bench.peers.session import CONVERT_S, LOAD_S, Driver, PeerFailed, Session, start_driver
+from headrace.bench.sampler import Sampler
 from headrace.core.errors import BrokenCheckpoint
 
 DONE = "complete"
+
+NEWS_S = 10.0
+"""How often it is said that an engine still loads; some take minutes."""
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
@@ -84,11 +89,18 @@ def start(
             _convert(peer, model, peer.converted(digest, precision), precision, threads)
         model = peer.converted(digest, precision)
     driver = _driver(peer, threads)
+    begun = time.monotonic()
+
+    def still_loading() -> None:
+        report(f"{peer.name}: loading, {time.monotonic() - begun:.0f} s")
+
     try:
-        loaded = driver.ask(
-            "load", load_s, model=str(model), precision=precision, threads=threads, sequences=sequences, context=context
-        )
-    except PeerFailed:
+        with Sampler(still_loading, NEWS_S):
+            loaded = driver.ask(
+                "load", load_s, model=str(model), precision=precision, threads=threads, sequences=sequences,
+                context=context,
+            )  # fmt: skip
+    except BaseException:  # an interrupted start must not leave it running either
         driver.close()
         raise
     return Session(driver, precision, loaded)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,25 +18,35 @@ from headrace.core.errors import EngineUnavailable
 from headrace.profiling import store
 
 if TYPE_CHECKING:
-    from headrace.bench.serve import Setting
     from headrace.core.protocols import Profile
 
 LIMIT_S = 600.0
 LONG = 20_000
-MACHINE = "llama-3.1-70b-8xa100"
+MACHINE = "linear"
 FIRST = 500
 
 
-def measured_profile(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> Profile:
-    """Measure the model's profile in a process of its own; steps outside the grid become rows of kind ``profile``.
+def measured_profile(
+    model: str,
+    options: Sequence[str],
+    rows: list[dict[str, Any]],
+    *,
+    repeats: int = 5,
+    seconds: float = 60.0,
+) -> Profile:
+    """Measure a model's profile in a process of its own; steps outside the grid become rows of kind ``profile``.
+
+    Args:
+        model: folder, hub name or ``bundled``.
+        options: of ``headrace profile``, as the engine to be simulated runs.
+        repeats: timings of every step.
+        seconds: after which no further round of them begins.
 
     Raises:
         EngineUnavailable: it failed; the message has its last line.
     """
-    report("measuring what steps cost")
-    repeats, seconds = ("1", "8") if setting.quick else ("5", "60")
-    command = [sys.executable, "-m", "headrace", "profile", setting.model, "--json", "--again", "--repeats", repeats,
-               "--max-seconds", seconds, *setting.options()]  # fmt: skip
+    command = [sys.executable, "-m", "headrace", "profile", model, "--json", "--again", "--repeats", str(repeats),
+               "--max-seconds", str(seconds), *options]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
@@ -49,9 +59,8 @@ def measured_profile(setting: Setting, rows: list[dict[str, Any]], report: Calla
 def simulation_pace(traces: Sequence[Path], *, seconds: float) -> dict[str, Any]:
     """How fast a long trace is simulated: a row of kind ``simulation`` with ``virtual_s`` and ``wall_s``.
 
-    The first trace with CSV times is taken whole, or one is drawn of the same density as Azure's hour of conversations; on the
-    table of a large machine, so that it is the engine that is timed. It is cut so that it takes about ``seconds``, judged by
-    its first part.
+    The first trace with CSV times is taken, or one is drawn of the same density as Azure's hour of conversations, on a machine that
+    keeps up with it, so that it is the engine that is timed. It is cut so that it takes about ``seconds``, judged by its first part.
     """
     recorded = next((path for path in traces if ".csv" in path.suffixes), None)
     arrivals = _azure_like() if recorded is None else load_trace(recorded)

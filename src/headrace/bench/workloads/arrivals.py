@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -76,6 +77,24 @@ def rescaled(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
         return [replace(a, time_s=0.0) for a in arrivals]
     whole = (len(arrivals) - 1) / rate
     return [replace(a, time_s=(a.time_s - start) / span * whole) for a in arrivals]
+
+
+def repeated(arrivals: Sequence[Arrival], seconds: float) -> list[Arrival]:
+    """The arrivals over and over, each round one mean gap after the one before, until ``seconds`` have passed.
+
+    Raises:
+        InvalidRequest: the arrivals take no time, so that no number of rounds would.
+    """
+    span = arrivals[-1].time_s - arrivals[0].time_s if arrivals else 0.0
+    if not span > 0:
+        raise InvalidRequest(
+            "a trace whose requests all come at once cannot be repeated: give --requests", field="hours"
+        )
+    period = span * len(arrivals) / (len(arrivals) - 1)
+    rounds = math.ceil(seconds / period)
+    start = arrivals[0].time_s
+    long = (replace(a, time_s=a.time_s - start + turn * period) for turn in range(rounds) for a in arrivals)
+    return truncated(long, seconds=seconds)
 
 
 def truncated(arrivals: Iterable[Arrival], *, count: int | None = None, seconds: float | None = None) -> list[Arrival]:

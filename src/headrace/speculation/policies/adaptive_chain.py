@@ -40,8 +40,7 @@ class AdaptiveChain:
         prefill = step.prefill_beside(len(places))
         places = places[: step.room - prefill]
         drafted = step.drafted()
-        count, _ = best_yield(
-            float(len(forest)), forest.gains[places], lambda nodes: drafted + step.milliseconds(nodes, prefill)
-        )
+        spent = drafted + step.passes(len(places), prefill)
+        count = best_yield(float(len(forest)), forest.gains[places], spent)
         taken = np.bincount(forest.owners[places[:count]], minlength=len(forest))
         return step.plan(forest, taken, prefill)

@@ -15,7 +15,7 @@ import loop
 WEIGHTS = {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4", "--sym", "--group-size", "64", "--ratio", "1.0")}
 
 
-class OpenVino(loop.Engine):
+class OpenVino(loop.OpenLoopEngine):
     """A continuous-batching pipeline of OpenVINO GenAI on the CPU."""
 
     def prepare(self, checkpoint: str, out: str, precision: str) -> None:
@@ -68,13 +68,12 @@ class OpenVino(loop.Engine):
             self._pipeline.step()
         return [list(handle.read_all()[0].generated_ids) for handle in handles]
 
-    def replay(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def replay(self, requests: list[dict[str, Any]], cutoff_s: float) -> list[dict[str, Any]]:
         waiting = sorted(requests, key=lambda request: request["at_s"])
         rows = {request["id"]: {"id": request["id"], "at_s": request["at_s"], "tokens": 0} for request in requests}
         running: dict[str, tuple[Any, int]] = {}
         started = time.perf_counter()
-        while waiting or running:
-            now = time.perf_counter() - started
+        while (waiting or running) and (now := time.perf_counter() - started) < cutoff_s:
             while waiting and waiting[0]["at_s"] <= now:
                 request = waiting.pop(0)
                 running[request["id"]] = self._add(request["prompt"], request["new"]), request["new"]
@@ -92,6 +91,10 @@ class OpenVino(loop.Engine):
                 if row["tokens"] >= new:
                     row["end_s"] = now
                     del running[name]
+        for handle, _ in running.values():
+            handle.cancel()
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
         return list(rows.values())
 
 

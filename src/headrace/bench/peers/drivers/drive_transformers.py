@@ -10,6 +10,7 @@ from typing import Any
 import loop
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DRAIN_S = 1.0
 
 
 def load_module(model: str, precision: str, threads: int) -> Any:
@@ -47,8 +48,10 @@ class Generate(loop.Engine):
         return made[:, ids.shape[1] :].tolist()
 
 
-class ContinuousBatching(loop.Engine):
+class ContinuousBatching(loop.OpenLoopEngine):
     """The manager behind ``generate_batch``, kept warm: started for one call it costs seconds."""
+
+    _replays = 0
 
     def load(self, model: str, precision: str, threads: int, sequences: int, context: int) -> dict[str, Any]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -80,28 +83,43 @@ class ContinuousBatching(loop.Engine):
                 done[output.request_id] = list(output.generated_tokens)
         return [done[request_id] for request_id in ids]
 
-    def replay(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def replay(self, requests: list[dict[str, Any]], cutoff_s: float) -> list[dict[str, Any]]:
         waiting = sorted(requests, key=lambda request: request["at_s"])
-        rows = {request["id"]: {"id": request["id"], "at_s": request["at_s"]} for request in requests}
-        started, unfinished = time.perf_counter(), len(rows)
-        while unfinished:
-            now = time.perf_counter() - started
+        # Names of their own in every replay: the last words of a cancelled request may still be on their way.
+        self._replays += 1
+        names = {f"{self._replays}-{request['id']}": request["id"] for request in requests}
+        rows = {request["id"]: {"id": request["id"], "at_s": request["at_s"], "tokens": 0} for request in requests}
+        started, open_ = time.perf_counter(), set(names)
+        while open_ and (now := time.perf_counter() - started) < cutoff_s:
             while waiting and waiting[0]["at_s"] <= now:
                 request = waiting.pop(0)
                 self._manager.add_request(
-                    request["prompt"], request_id=request["id"], max_new_tokens=request["new"], streaming=True
+                    request["prompt"],
+                    request_id=f"{self._replays}-{request['id']}",
+                    max_new_tokens=request["new"],
+                    streaming=True,
                 )
             due = waiting[0]["at_s"] - now if waiting else 0.05
             output = self._manager.get_result(timeout=min(0.05, max(0.001, due)))
-            if output is None:
+            if output is None or output.request_id not in open_:
                 continue
             now = time.perf_counter() - started
-            row = rows[output.request_id]
+            row = rows[names[output.request_id]]
             row.setdefault("first_s", now)
+            row["tokens"] = len(output.generated_tokens)
             if output.is_finished():
-                row.update(end_s=now, tokens=len(output.generated_tokens))
-                unfinished -= 1
+                row["end_s"] = now
+                open_.discard(output.request_id)
+        self._cancel(open_)
         return list(rows.values())
+
+    def _cancel(self, names: set[str]) -> None:
+        """Cancel requests and take in what is still said of them."""
+        for name in names:
+            self._manager.cancel_request(name)
+        silent_at = time.perf_counter() + DRAIN_S
+        while names and time.perf_counter() < silent_at:
+            self._manager.get_result(timeout=0.1)
 
     def close(self) -> None:
         self._stack.close()
