@@ -33,16 +33,25 @@ def _forced(method: str, budget: float, gap: float) -> dict[str, Any]:
 
 
 def _drift(rule: float | None, kept: float, layer: int) -> dict[str, Any]:
-    return {"part": "quality", "kind": "drift", "refresh": rule, "layer": layer, "mass": kept, "mass_fresh": 0.9}
+    return {
+        "part": "quality",
+        "kind": "drift",
+        "refresh": rule,
+        "model": "m",
+        "codes": "4x8",
+        "layer": layer,
+        "mass": kept,
+        "mass_fresh": 0.9,
+    }
 
 
 ROWS = [
     _recorded("a", "pq 4x8", 0.9), _recorded("a", "pq 4x8", 0.7, layer=1), _recorded("b", "pq 4x8", 0.6),
     _recorded("b", "pq 4x8", 0.1, budget=0.05), _recorded("a", "quest", 0.5),
-    _task("needle", "dense", 1.0, 10), _task("needle", "pq 4x8", 0.1, 9), _task("needle", "snapkv", 0.1, 9),
-    _task("moved", "dense", 1.0, 9), _task("moved", "pq 4x8", 0.1, 9), _task("moved", "snapkv", 0.1, 2),
-    _task("needle", "pq 4x8", 0.2, 10),
-    _forced("pq 4x8", 0.2, 0.004), _forced("pq 4x8", 0.2, -0.002), _forced("pq 4x8", 0.1, 0.02),
+    _task("needle", "dense", 1.0, 10), _task("needle", "pq 4x8, residual", 0.1, 9), _task("needle", "snapkv", 0.1, 9),
+    _task("moved", "dense", 1.0, 9), _task("moved", "pq 4x8, residual", 0.1, 9), _task("moved", "snapkv", 0.1, 2),
+    _task("needle", "pq 4x8, residual", 0.2, 10),
+    _forced("pq 4x8, residual", 0.2, 0.004), _forced("pq 4x8, residual", 0.2, -0.002), _forced("pq 4x8, residual", 0.1, 0.02),
     _drift(0.25, 0.89, 0), _drift(0.25, 0.88, 1), _drift(None, 0.4, 1),
     {"part": "speed", "kind": "task", "method": "pq 4x8"},
 ]  # fmt: skip
@@ -61,7 +70,7 @@ def test_claims_of_rows() -> None:
     assert found["nll_gap_r5"] == pytest.approx(0.001)
     assert found["nll_gap_r10"] == pytest.approx(0.02)
     assert found["divergence_r5"] == pytest.approx(0.006)
-    assert found["long_decode_drift_gap_refresh"] == pytest.approx(2.0)
+    assert found["long_decode_drift_gap_refresh"] == pytest.approx(1.5)
     assert found["long_decode_drift_gap_norefresh"] == pytest.approx(50.0)
 
 

@@ -97,7 +97,7 @@ def quality_rows(quick: bool, progress: Progress) -> Rows:
 
 
 def _methods(plan: Plan) -> tuple[Method, ...]:
-    return (PQ_SMALL, PQ_LARGE, *plan.selectors)
+    return (PQ_RESIDUAL, PQ_LARGE, PQ_SMALL, *plan.selectors)
 
 
 def _tasks(plan: Plan, progress: Progress) -> Rows:
@@ -117,7 +117,7 @@ def _bundled(plan: Plan, progress: Progress) -> Rows:
     for name, known in (("target", "bundled"), ("draft", "bundled-draft")):
         model, tokenizer = _bundled_model(known)
         windows = held_out(tokenizer, plan.context, plan.windows)
-        methods = (*_methods(plan), PQ_RESIDUAL)
+        methods = _methods(plan)
         rows += recorded_rows(f"bundled {name}", read(model, windows), methods, plan.budgets, progress)
         if name == "target":
             forced = tuple(method for method in methods if method.name not in UNFORCED)
@@ -131,7 +131,7 @@ def _retrieval(plan: Plan, progress: Progress) -> Rows:
     rows = task_rows("trained", model, language, plan.trained, _methods(plan), plan.budgets, progress)
     sizes = {"value": 6, "questions": 4, "spacing": 32}
     context = read(model, answered(language, "multikey", 1024, plan.windows, seed=7, **sizes))
-    return rows + recorded_rows("trained", context, (*_methods(plan), PQ_RESIDUAL), plan.budgets, progress)
+    return rows + recorded_rows("trained", context, _methods(plan), plan.budgets, progress)
 
 
 def _drift(plan: Plan, progress: Progress) -> Rows:
