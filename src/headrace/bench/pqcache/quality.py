@@ -19,6 +19,8 @@ from headrace.bench.pqcache.tasks import Language, Shape, of_tokenizer, syntheti
 from headrace.bench.pqcache.texts import answered, held_out, shifted, two_texts
 
 TRAINED = Path(__file__).parent / "retrieval"
+"""Where ``recipes/retrieval`` writes its checkpoint for the benchmark to find."""
+
 VOCABULARY = 1024
 FIVE = ("needle", "multikey", "pairs", "variables", "moved")
 RULES = (None, 0.25, 1.0)
@@ -127,6 +129,9 @@ def _bundled(plan: Plan, progress: Progress) -> Rows:
 
 def _retrieval(plan: Plan, progress: Progress) -> Rows:
     """The model that ``recipes/retrieval`` trained: its answers, and its attention over contexts with answers."""
+    if not (TRAINED / "model.safetensors").is_file():
+        progress(f"no model of recipes/retrieval in {TRAINED.name}/: left out")
+        return []
     language, model = trained_model()
     rows = task_rows("trained", model, language, plan.trained, _methods(plan), plan.budgets, progress)
     sizes = {"value": 6, "questions": 4, "spacing": 32}
