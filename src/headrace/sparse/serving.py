@@ -31,7 +31,7 @@ WRITE_EVERY = 64
 class ServingSettings:
     """How sequences are searched; ``refresh`` and ``residual`` as in :class:`headrace.sparse.layer.PQSettings`."""
 
-    codes: Codes = field(default_factory=Codes)
+    codes: Codes = field(default_factory=lambda: Codes(4, 8))
     iterations: int = 4
     initial: int = 32
     refresh: float | None = 0.25
