@@ -37,7 +37,7 @@ VARIANTS: dict[str, Callable[[], Policy]] = {
 truth; the published algorithm with those first who need least."""
 
 ABLATIONS = ("equal", "goodput", "paper", *VARIANTS)
-POLICIES = (*RIVALS, "equal", "goodput", "paper", "adaserve", *VLLM)
+POLICIES = ("adaserve", *RIVALS, *VLLM, "equal", "goodput", "paper")
 BLIND = frozenset((*RIVALS, "equal", "goodput", *VLLM))
 """Policies that look at nobody's TPOT target: one replay serves every target."""
 
