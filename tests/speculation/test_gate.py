@@ -70,7 +70,7 @@ def best(rate: float) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0, 28.0])
+@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0])
 def test_never_below_any_fixed_choice(rate: float) -> None:
     """Every request is almost a point here, so one of them is granted."""
     assert mine(rate) >= best(rate) - 100.0 / COUNT - 1e-9

@@ -144,3 +144,10 @@ def test_a_stale_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     held.nodes = {(-1, wrong[-2]): next(iter(held.nodes.values()))}
     (next_tree,) = made.draft([job(wrong, 4)])
     assert next_tree.probabilities != pytest.approx(fresh(wrong, 4, 1).probabilities, abs=1e-5)
+
+
+def test_words_the_draft_model_has_not_are_read_as_its_last_one() -> None:
+    """A target's table may be longer than the draft's, and an id beyond one's own would read memory that is not there."""
+    known = text(3, 10)
+    tree = fresh([*known, tiny.VOCAB + 40_000, 5], 3, 1)
+    assert_same(tree, fresh([*known, tiny.VOCAB - 1, 5], 3, 1))

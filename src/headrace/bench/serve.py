@@ -190,7 +190,7 @@ def _open(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], 
 
 def _profile(setting: Setting, rows: list[dict[str, Any]], report: Callable[[str], None]) -> Profile:
     report("measuring what steps cost")
-    repeats, seconds = (1, 8.0) if setting.quick else (5, 60.0)
+    repeats, seconds = (1, 8.0) if setting.quick else (7, 60.0)
     return measured_profile(setting.model, setting.options(), rows, repeats=repeats, seconds=seconds)
 
 

@@ -34,7 +34,7 @@ def pqcache(
     kept = [] if part == "all" else _other(path, part)
     console = Console(stderr=True)
     with console.status("measuring") as status:
-        result = bench.run(part, quick=quick, progress=status.update, kept=kept)  # type: ignore[arg-type]
+        result = bench.run(part, quick=quick, progress=status.update, kept=kept)
     result.write(path)
     if plot is not None:
         bench.draw([row for row in result.rows if row["part"] == "speed"], plot)

@@ -69,6 +69,7 @@ class ModelRunner:
         install(model.module)
         self._forward = _forward_of(model.module, self._backend)
         self._native = _native_of(self._forward, self._backend, self._planes)
+        self._plain = bool(getattr(self._forward, "plain", False))  # a retriever may have its say in every native layer
         self._vocab_size = model.card.vocab_size
         self._graphs = self._graphs_of(model, pool, graphs)
 
@@ -130,7 +131,7 @@ class ModelRunner:
         if taken is None:
             return self._by_modules(batch) if self._native is None else self._native(batch, self._planes)
         bare = without_context(batch, taken)
-        if self._native is not None and self._forward.plain:
+        if self._native is not None and self._plain:
             return self._native(bare, self._planes, self._retriever)
         return self._by_modules(batch, bare)
 

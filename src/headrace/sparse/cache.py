@@ -31,7 +31,7 @@ NAME = "headrace_pq"
 _pending = threading.local()
 
 
-class _Layer(PQLayer):
+class _Layer(PQLayer):  # type: ignore[no-untyped-call]
     """A layer that tells the attention function of itself."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -58,5 +58,5 @@ class Gathered:
             head_rows=_NONE, adapters=np.zeros(rows, np.int32), shape=StepShape(0, rows, len(context), rows, len(context) + rows),
         )  # fmt: skip
         step = self._backend.prepare(batch, keys.device)
-        planes = (part.view(-1, 1, part.shape[-1]) for part in (keys, values))
-        return self._backend.attend(queries.float(), *planes, step, scale=scale)
+        k, v = (part.view(-1, 1, part.shape[-1]) for part in (keys, values))
+        return self._backend.attend(queries.float(), k, v, step, scale=scale)

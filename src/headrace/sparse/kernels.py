@@ -90,7 +90,7 @@ def add_softmax(scores: Any, counts: Any, weights: Any) -> float:
     share = np.float32(1.0 / total)
     for i in range(len(scores)):
         weights[i] += scores[i] * share
-    return most + np.log(total)
+    return float(most + np.log(total))
 
 
 @njit
@@ -133,7 +133,7 @@ def take_cells(
             for at in range(starts[cell], starts[cell + 1]):
                 out[found] = order[at]
                 found += 1
-    return fill_cells(weights, starts, order, tail, base, k, counts, bar, found, out)
+    return int(fill_cells(weights, starts, order, tail, base, k, counts, bar, found, out))
 
 
 @njit
@@ -204,7 +204,7 @@ def search_cells(
     for g in range(tables.shape[0]):
         cell_scores(tables[g], scores)
         sums[g] = add_softmax(scores, counts, weights)
-    return take_cells(weights, starts, order, tail, base, k, counts, bins, out)
+    return int(take_cells(weights, starts, order, tail, base, k, counts, bins, out))
 
 
 @njit
@@ -216,4 +216,4 @@ def search_tokens(
     for g in range(tables.shape[0]):
         token_scores(tables[g], codes, scores)
         sums[g] = add_softmax(scores[first:], ones[first:], weights[first:])
-    return take_tokens(weights, first, k, bins, out)
+    return int(take_tokens(weights, first, k, bins, out))

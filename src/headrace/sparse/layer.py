@@ -67,7 +67,7 @@ class PQSettings:
             raise InvalidRequest("iterations and crossover are numbers of 0 or more", field="iterations")
 
 
-class PQLayer(CacheLayerMixin):  # type: ignore[misc]
+class PQLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """K and V of every token, kept exactly, and a sketch of the middle keys that says which of them a decode step reads.
 
     Prompts, chunks and drafts of several tokens attend exactly; one token at a time goes through :meth:`attend`. Rows are
@@ -81,7 +81,7 @@ class PQLayer(CacheLayerMixin):  # type: ignore[misc]
     values: Any
 
     def __init__(self, settings: PQSettings | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.settings = settings or PQSettings()
         self._start()
 

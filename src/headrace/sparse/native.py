@@ -44,13 +44,13 @@ class NativeIndex(PQIndex):
             raise ValueError("nothing is indexed yet: build first")
         if self._store is None:  # told by the base class to begin anew
             self._start(self.codebook)
-        for sketch, part in zip(self.sketches, keys.split(self.heads), strict=True):
+        for sketch, part in zip(self.sketches, torch.split(keys, self.heads), strict=True):
             sketch.append(part)
         self.length += keys.shape[1]
 
     def _start(self, codebook: Codebook) -> None:
         self._store = torch.empty(0)
-        parts = codebook.centroids.split(self.heads)
+        parts = torch.split(codebook.centroids, self.heads)
         skips = [0] * len(parts) if self._padding is None else self._padding[:: self.heads].tolist()
         self.sketches = [
             Sketch(self.codes, Book(Codebook(part)), skip) for part, skip in zip(parts, skips, strict=True)
@@ -69,7 +69,7 @@ class NativeIndex(PQIndex):
         self.skip = None if self.skip is None else self.skip.index_select(0, rows)
         self._padding = None if self._padding is None else self._padding.index_select(0, rows)
         self._start(self.codebook)
-        for sketch, part in zip(self.sketches, table.split(self.heads), strict=True):
+        for sketch, part in zip(self.sketches, torch.split(table, self.heads), strict=True):
             sketch.put(part)
 
     def select(self, queries: Tensor, k: int, scale: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -75,6 +75,7 @@ class ModelDrafter:
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[DraftTree]:
         """One tree per job; empty for a sequence that is still being caught up with, or too long, or has no slots."""
+        jobs = [self._readable(job) for job in jobs]
         trees = {job.sequence: empty_tree(self.name) for job in jobs}
         try:
             ready = self._caught_up(jobs)
@@ -85,6 +86,11 @@ class ModelDrafter:
             for job in jobs:
                 self.forget(job.sequence)
         return [trees[job.sequence] for job in jobs]
+
+    def _readable(self, job: DraftJob) -> DraftJob:
+        """``job`` in words the draft model has: a target's table may be longer, padded say, and reading beyond one's own is fatal."""
+        last = self._runner.vocab_size - 1
+        return job if job.tokens.max(initial=0) <= last else replace(job, tokens=np.minimum(job.tokens, last))
 
     def forget(self, sequence: int) -> None:
         """The sequence has ended: its slots are free."""

@@ -240,7 +240,7 @@ def test_every_selector_reads_the_same_number_of_tokens(name: str) -> None:
     for length in range(201, LENGTH):
         found = attention.step(queries[:, :, length - 1], keys[:, :length], values[:, :length], SCALE)
         window = regions.window(200, length)
-        for row in found.index.tolist():
+        for row in found.tokens.tolist():
             assert len(row) == len(set(row)) == window.attended
             assert {*range(4), *range(length - window.local, length)} <= set(row)
         assert found.weights.sum(-1).allclose(torch.ones(ROWS, GROUP))

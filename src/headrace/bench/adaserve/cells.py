@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from headrace.bench.adaserve.setups import ABLATIONS, BLIND, POLICIES, RIVALS, SETUPS, VARIANTS, VLLM
 
@@ -67,13 +68,14 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
 
     def cells(self) -> list[Cell]:
-        """All replays: policies before ablations, and of each published rates, overload, SLO scales and further rates."""
+        """All replays: policies before ablations, and of each published rates, the highest first,
+        overload, SLO scales and further rates; models take turns."""
         found: list[Cell] = []
         for seed in self.seeds:
             for group in (self._rates, self._overload, self._tight, self._edges, self._ablations):
-                for model in self.models:
-                    found += [replace(cell, count=self.count, seed=seed) for cell in group(model)]
-        return sorted(dict.fromkeys(found), key=lambda cell: cell.policy not in RIVALS and cell.policy in ABLATIONS)
+                by_turns = zip_longest(*(group(model) for model in self.models))
+                found += [replace(cell, count=self.count, seed=seed) for turn in by_turns for cell in turn if cell]
+        return sorted(dict.fromkeys(found), key=lambda cell: cell.policy in ABLATIONS)
 
     def own_rates(self, model: str) -> tuple[float, ...]:
         """Requests a second at which ``model`` is simulated."""
@@ -84,7 +86,7 @@ class Sweep:
         return [name for name in self.policies if name not in VLLM]
 
     def _rates(self, model: str) -> list[Cell]:
-        return [Cell(model, rate, policy) for rate in self.own_rates(model) for policy in self.policies]
+        return [Cell(model, rate, policy) for rate in self.own_rates(model)[::-1] for policy in self.policies]
 
     def _over(self, model: str) -> list[float]:
         return [round(self.own_rates(model)[-1] * factor, 3) for factor in self.overload]

@@ -72,7 +72,7 @@ def draft_rows(*, quick: bool = False) -> list[dict[str, Any]]:
     rows = []
     for piece in heldout():
         ids = torch.tensor(tokenizer.encode(piece["text"]))
-        windows = ids.unfold(0, PROMPT, 96 if quick else 16)
+        windows = ids.unfold(0, PROMPT, 96 if quick else 32)
         starts = windows[:: max(1, len(windows) // 16)]
         for along, prompts, new in (("text", windows, CHAIN), ("continuation", starts, 16 if quick else 64)):
             runs = accepted_runs(target, draft, prompts, new)

@@ -62,7 +62,8 @@ def analytic_model(language: Language, vocabulary: int, context: int = 1 << 17) 
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to_empty(device="cpu").eval()
+    model = model.to_empty(device="cpu").requires_grad_(False)
+    model.train(False)
     # Buffers of a meta module hold nothing: let the rotary embedding compute its own again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     codes = torch.from_numpy(token_codes(vocabulary)).clone()

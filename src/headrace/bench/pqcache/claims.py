@@ -59,4 +59,4 @@ def _building(rows: Rows) -> dict[str, float]:
 
 
 def _median(rows: Rows, system: str) -> float:
-    return statistics.median(row["ms"] for row in rows if row["system"] == system)
+    return float(statistics.median(row["ms"] for row in rows if row["system"] == system))

@@ -70,11 +70,13 @@ def read(model: Any, ids: Tensor) -> Reading:
     from headrace.sparse.selectors import SelectedAttention, Selector, enable_selected
     from headrace.sparse.selectors.cache import SelectedLayer
 
-    class Recorder(SelectedLayer):
+    class Recorder(SelectedLayer):  # type: ignore[no-untyped-call]
         def read(self, query: Tensor, scale: float) -> None:
             self.seen, self.scale = query, scale
 
-    layers: list[Any] = [Recorder(SelectedAttention(Selector(), Regions(1.0))) for _ in range(model.config.num_hidden_layers)]
+    layers: list[Any] = [
+        Recorder(SelectedAttention(Selector(), Regions(1.0))) for _ in range(model.config.num_hidden_layers)
+    ]
     with torch.inference_mode():
         enable_selected(model)(ids, past_key_values=Cache(layers=layers), logits_to_keep=1)
     return Reading(

@@ -166,7 +166,8 @@ def _bundled_model(known: str) -> tuple[Any, Any]:
     from headrace.models.checkpoints.hub import resolve
 
     path = resolve(known)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.eval()
     return model, AutoTokenizer.from_pretrained(path)
 
 
@@ -174,7 +175,8 @@ def trained_model() -> tuple[Any, Any]:
     """The language and the checkpoint of ``recipes/retrieval``, in float32."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(TRAINED, dtype=torch.float32)
+    model.eval()
     return synthetic(model.config.vocab_size), model
 
 

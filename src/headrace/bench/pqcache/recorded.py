@@ -59,14 +59,14 @@ def replay(context: Reading, layer: int, method: Method, regions: Regions, steps
         step = attention.step(query, keys[:, :end], values[:, :end], scale)
         output = step.output
         if method.options.get("residual"):
-            output = mended(attention, output, query, step.index, keys[:, :end], values[:, :end], scale)
+            output = mended(attention, output, query, step.tokens, keys[:, :end], values[:, :end], scale)
         best = oracle.choose(query, keys[:, :end], scale)
         first, last = regions.window(prompt, end).middle(end)
-        sums["mass"] += mass(exact, step.index)
-        sums["middle_mass"] += middle_mass(exact, step.index, first, last)
+        sums["mass"] += mass(exact, step.tokens)
+        sums["middle_mass"] += middle_mass(exact, step.tokens, first, last)
         sums["error"] += float(((output - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
-        sums["recall"] += recall(step.index, best, first, last)
-        sums["attended"] += step.index.shape[1]
+        sums["recall"] += recall(step.tokens, best, first, last)
+        sums["attended"] += step.tokens.shape[1]
     return {key: total / steps for key, total in sums.items()}
 
 

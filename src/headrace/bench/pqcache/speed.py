@@ -155,7 +155,7 @@ class Block:
     def __call__(self, hidden: Tensor, layer: PQLayer, *, dense: bool) -> Tensor:
         """A decode step: [1, HIDDEN]."""
         packed = linear(rms_norm(hidden, (HIDDEN,)), self.qkv).view(1, -1, 1, SIZE)
-        query, key, value = packed.split([HEADS * GROUP, HEADS, HEADS], 1)
+        query, key, value = torch.split(packed, [HEADS * GROUP, HEADS, HEADS], 1)
         layer.update(key, value)
         attended = _dense(query, layer) if dense else layer.attend(query, SIZE**-0.5)
         return self._rest(hidden, attended.reshape(1, -1))
@@ -164,8 +164,8 @@ class Block:
         """A prompt: [n, HIDDEN]; its K and V are computed, and the given ones attended to."""
         packed = linear(rms_norm(hidden, (HIDDEN,)), self.qkv).view(1, len(hidden), -1, SIZE).transpose(1, 2)
         query = packed[:, : HEADS * GROUP]
-        parts = [part.repeat_interleave(GROUP, 1) for part in (keys, values)]
-        attended = scaled_dot_product_attention(query, *parts, is_causal=True)
+        every_key, every_value = (part.repeat_interleave(GROUP, 1) for part in (keys, values))
+        attended = scaled_dot_product_attention(query, every_key, every_value, is_causal=True)
         return self._rest(hidden, attended.transpose(1, 2).reshape(len(hidden), -1))
 
     def _rest(self, hidden: Tensor, attended: Tensor) -> Tensor:

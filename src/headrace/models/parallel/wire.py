@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def unpack(data: Ints) -> Batch:
     """The batch of :func:`pack`, over views of ``data``."""
     at = len(_ARRAYS) + 2 * _SHAPE
     lengths, parts = data[: len(_ARRAYS)].tolist(), data[len(_ARRAYS) : at].tolist()
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, length in zip(_ARRAYS, lengths, strict=True):
         arrays[name] = data[at : at + length]
         at += length

@@ -23,7 +23,7 @@ NAME = "headrace_selected"
 _pending = threading.local()
 
 
-class SelectedLayer(PQLayer):
+class SelectedLayer(PQLayer):  # type: ignore[no-untyped-call]
     """Stores K and V as :class:`PQLayer` does, and lets a selector say what a step reads; kept for comparisons, so it only grows."""
 
     def __init__(self, attention: SelectedAttention) -> None:

@@ -15,7 +15,7 @@ class Step(NamedTuple):
     """What a step gave: float32 outputs [R, G, D], the tokens attended to int64[R, n], and what each received, float32[R, G, n]."""
 
     output: Tensor
-    index: Tensor
+    tokens: Tensor
     weights: Tensor
 
 
