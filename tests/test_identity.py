@@ -16,7 +16,7 @@ from headrace.core.request import Request, SamplingParams
 from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
-from headrace.engine.sampling import TorchSampler
+from headrace.engine.sampling.sampler import TorchSampler
 from headrace.engine.sequence import Sequence
 from headrace.models.cache.slots import SlotPool
 from headrace.models.checkpoints.hub import resolve

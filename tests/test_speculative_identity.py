@@ -19,11 +19,11 @@ from headrace.core.request import SLO, Request, SamplingParams, Structure
 from headrace.core.speculation import ROOT, Drafter, DraftJob, DraftTree
 from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
-from headrace.engine.grammar import GrammarCompiler
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies.chunked import Chunked
-from headrace.engine.rng import stream_key, uniform
-from headrace.engine.sampling import TorchSampler
+from headrace.engine.sampling.rng import stream_key, uniform
+from headrace.engine.sampling.sampler import TorchSampler
+from headrace.engine.structured.grammar import GrammarCompiler
 from headrace.models.beam import likeliest
 from headrace.models.cache.slots import SlotPool
 from headrace.models.runner import ModelRunner

@@ -14,7 +14,7 @@ from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import DraftingPolicy, Policy
 from headrace.core.request import Request, SamplingParams
-from headrace.engine.service import ProcessService
+from headrace.engine.process.service import ProcessService
 
 if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard, Quality, Runner
@@ -70,10 +70,10 @@ def engine_around(model: LoadedModel, config: EngineConfig, ranks: Ranks | None 
     Raises as :func:`build_engine`.
     """
     from headrace.engine.engine import Engine
-    from headrace.engine.grammar import GrammarCompiler
     from headrace.engine.kv import KVSpace
     from headrace.engine.profiled import attach_profile
-    from headrace.engine.sampling import TorchSampler
+    from headrace.engine.sampling.sampler import TorchSampler
+    from headrace.engine.structured.grammar import GrammarCompiler
     from headrace.models.budget import kv_slots
     from headrace.models.cache.slots import SlotPool
     from headrace.models.fused.linear import choose_linears
@@ -232,7 +232,7 @@ def build_service(config: EngineConfig) -> ProcessService:
 
 def run_engine_process(connection: Connection, config: EngineConfig) -> None:
     """Entry point of the engine's process."""
-    from headrace.engine.worker import run_worker
+    from headrace.engine.process.worker import run_worker
 
     run_worker(connection, partial(build_engine, config, on_rank_lost=_end_process))
 

@@ -15,7 +15,7 @@ from headrace.core.outputs import EngineStats
 from headrace.core.protocols import ModelCard, Quality
 from headrace.core.request import SLO
 from headrace.server import ServerSettings
-from headrace.server.classes import SLOClasses
+from headrace.server.slo.classes import SLOClasses
 
 
 class Service:

@@ -19,7 +19,7 @@ from headrace.cli.launch import check_address, is_local, is_loopback
 from headrace.cli.serve import api_keys, slo_classes
 from headrace.core.errors import InvalidRequest
 from headrace.core.request import SLO
-from headrace.server.classes import SLOClasses
+from headrace.server.slo.classes import SLOClasses
 
 
 def test_keys_come_from_options_and_a_file_with_or_without_labels(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
-from headrace.engine.sampling import Draw, Sampled, stream_key
+from headrace.engine.sampling.sampler import Draw, Sampled, stream_key
 from headrace.models.cache.slots import SlotPool
 
 VOCAB = 97

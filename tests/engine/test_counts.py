@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from tests.engine.fake import engine, request
+from tests.engine.process.test_service import serve
 from tests.engine.test_engine import run
-from tests.engine.test_service import serve
 from tests.engine.test_speculation import speculating
 
 from headrace.core.outputs import EngineStats
-from headrace.engine.service import ProcessService
+from headrace.engine.process.service import ProcessService
 from headrace.speculation.policies import POLICIES
 
 

@@ -15,7 +15,7 @@ from headrace.core.request import Request, SamplingParams
 from headrace.core.speculation import DraftTree
 from headrace.engine.engine import Engine
 from headrace.engine.head import Head
-from headrace.engine.sampling import Sampled
+from headrace.engine.sampling.sampler import Sampled
 from headrace.engine.sequence import Sequence
 
 Answers = dict[tuple[str, int], list[SequenceDelta]]

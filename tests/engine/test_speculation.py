@@ -20,7 +20,7 @@ from headrace.core.speculation import ROOT, DraftJob, DraftOrder, DraftPlan, Dra
 from headrace.engine.drafting import Drafting
 from headrace.engine.engine import Engine
 from headrace.engine.policies.chunked import Chunked
-from headrace.engine.sampling import Sampled
+from headrace.engine.sampling.sampler import Sampled
 from headrace.speculation.calibration import OnlineCalibration
 from headrace.speculation.policies import POLICIES
 

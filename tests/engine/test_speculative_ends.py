@@ -18,7 +18,7 @@ from headrace.core.outputs import TokenLogprobs
 from headrace.core.request import Request, SamplingParams
 from headrace.engine import head as heads
 from headrace.engine.engine import Engine
-from headrace.engine.sampling import Draw, Sampled
+from headrace.engine.sampling.sampler import Draw, Sampled
 from headrace.engine.sequence import Sequence as EngineSequence
 from headrace.engine.text import TextStream
 from headrace.speculation.policies import POLICIES

@@ -180,7 +180,7 @@ def test_the_real_sampler_keeps_the_law() -> None:
 
     from headrace.core.protocols import StepResult
     from headrace.core.request import SamplingParams
-    from headrace.engine.sampling import Draw, TorchSampler, stream_key
+    from headrace.engine.sampling.sampler import Draw, TorchSampler, stream_key
 
     drawn = random.Random(5)
     rows = [

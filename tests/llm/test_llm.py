@@ -9,7 +9,7 @@ from tests.llm.doubles import CharTokenizer, llm, text_of
 
 from headrace.core.errors import ContextTooLong, EngineUnavailable, HeadraceError, InvalidRequest
 from headrace.core.request import SLO, SamplingParams
-from headrace.engine.sampling import Sampled
+from headrace.engine.sampling.sampler import Sampled
 from headrace.llm import LLM, RequestOutput
 
 SEEDED = SamplingParams(max_tokens=12, seed=7, ignore_eos=True)

@@ -24,7 +24,7 @@ from headrace.core.outputs import (
 from headrace.core.policy import Limits
 from headrace.core.protocols import ModelCard, ServiceState
 from headrace.core.request import Request
-from headrace.engine.admission import complete_request
+from headrace.engine.process.admission import complete_request
 
 EOS = 256
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -13,9 +13,9 @@ from tests.server.conftest import Running, Serve
 from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded
+from headrace.server.api.replies import ErrorReply
+from headrace.server.api.schemas import ChatBody, CompletionBody
 from headrace.server.errors import HttpError, body_of, error_body, explain, response_of
-from headrace.server.replies import ErrorReply
-from headrace.server.schemas import ChatBody, CompletionBody
 
 HELLO = [{"role": "user", "content": "x"}]
 JSON = {"content-type": "application/json"}

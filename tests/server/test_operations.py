@@ -11,8 +11,8 @@ from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.errors import EngineUnavailable, HeadraceError
 from headrace.core.request import SLO
-from headrace.server.classes import SLOClasses
-from headrace.server.replies import HealthReply
+from headrace.server.api.replies import HealthReply
+from headrace.server.slo.classes import SLOClasses
 from headrace.version import __version__
 
 HELLO = [{"role": "user", "content": "abc"}]

@@ -14,8 +14,8 @@ from tests.server.conftest import Running, Serve
 from tests.server.fake_service import MODEL, FakeService
 
 from headrace.core.request import SLO
-from headrace.server import board, steps
-from headrace.server.classes import SLOClasses
+from headrace.server.dashboard import board, steps
+from headrace.server.slo.classes import SLOClasses
 
 CLASSES = SLOClasses({"chat": SLO(60_000, 60_000), "never": SLO(0.001)}, "chat")
 

@@ -18,7 +18,7 @@ from headrace.core.request import Request, SamplingParams
 from headrace.core.retrieval import Retrieval
 from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
-from headrace.engine.sampling import TorchSampler
+from headrace.engine.sampling.sampler import TorchSampler
 from headrace.models.cache.slots import SlotPool
 from headrace.models.fused.linear import choose_linears
 from headrace.models.runner import ModelRunner

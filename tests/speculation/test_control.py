@@ -12,9 +12,9 @@ from headrace.core.clock import VirtualClock
 from headrace.core.outputs import RequestTiming
 from headrace.core.policy import Limits
 from headrace.core.request import SLO, Request, SamplingParams
-from headrace.engine.acceptance import Acceptance, AcceptanceModel, Miscalibration
-from headrace.engine.simulated import VOCAB, SimulatedEngine
-from headrace.engine.simulated_drafts import PassCosts, SimulatedSpeculation
+from headrace.engine.simulation.acceptance import Acceptance, AcceptanceModel, Miscalibration
+from headrace.engine.simulation.drafts import PassCosts, SimulatedSpeculation
+from headrace.engine.simulation.runner import VOCAB, SimulatedEngine
 from headrace.speculation.calibration import OnlineCalibration
 from headrace.speculation.policies import POLICIES
 

@@ -12,10 +12,10 @@ from headrace.bench.simulation.replay import Replay
 from headrace.core.clock import VirtualClock
 from headrace.core.policy import DraftingPolicy, Limits, Policy
 from headrace.core.request import SLO, Request, SamplingParams
-from headrace.engine.acceptance import Acceptance, AcceptanceModel
 from headrace.engine.policies.chunked import Chunked
-from headrace.engine.simulated import VOCAB, SimulatedEngine
-from headrace.engine.simulated_drafts import PassCosts, SimulatedSpeculation
+from headrace.engine.simulation.acceptance import Acceptance, AcceptanceModel
+from headrace.engine.simulation.drafts import PassCosts, SimulatedSpeculation
+from headrace.engine.simulation.runner import VOCAB, SimulatedEngine
 from headrace.speculation.calibration import OnlineCalibration
 from headrace.speculation.policies import POLICIES
 from headrace.speculation.policies.adaptive_chain import AdaptiveChain

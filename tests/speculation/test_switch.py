@@ -10,10 +10,10 @@ from tests.speculation.test_control import LIMITS, Machine
 
 from headrace.core.clock import VirtualClock
 from headrace.core.request import SLO, Request, SamplingParams
-from headrace.engine.acceptance import Acceptance, AcceptanceModel
-from headrace.engine.acceptance_paths import Chains
-from headrace.engine.simulated import VOCAB, SimulatedEngine
-from headrace.engine.simulated_drafts import PassCosts, SimulatedDrafter, SimulatedSpeculation
+from headrace.engine.simulation.acceptance import Acceptance, AcceptanceModel
+from headrace.engine.simulation.drafts import PassCosts, SimulatedDrafter, SimulatedSpeculation
+from headrace.engine.simulation.paths import Chains
+from headrace.engine.simulation.runner import VOCAB, SimulatedEngine
 from headrace.speculation.calibration import OnlineCalibration
 from headrace.speculation.policies.adaserve import AdaServe, Settings
 

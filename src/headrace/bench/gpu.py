@@ -316,7 +316,7 @@ def _headrace(bench: GpuBench, *, graphs: bool) -> Iterator[Generate]:
     from headrace.engine.engine import Engine
     from headrace.engine.kv import KVSpace
     from headrace.engine.policies import get_policy
-    from headrace.engine.sampling import TorchSampler
+    from headrace.engine.sampling.sampler import TorchSampler
     from headrace.models.cache.slots import SlotPool
     from headrace.models.loaded import LoadedModel
     from headrace.models.runner import ModelRunner

@@ -21,7 +21,7 @@ from headrace.core.clock import VirtualClock
 from headrace.core.errors import InvalidRequest
 from headrace.core.policy import Limits
 from headrace.core.protocols import Profile
-from headrace.engine.simulated import VOCAB, SimulatedEngine
+from headrace.engine.simulation.runner import VOCAB, SimulatedEngine
 
 SHOWN = ("attainment", "goodput_tok_s", "throughput_tok_s", "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")
 

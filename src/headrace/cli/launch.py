@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from headrace.core.protocols import ModelCard
     from headrace.models.text.tokenizer import Tokenizer
     from headrace.server import ServerSettings
-    from headrace.server.classes import SLOClasses
     from headrace.server.run import GracefulServer
     from headrace.server.serving import Serving
+    from headrace.server.slo.classes import SLOClasses
 
 WATCH_S = 0.5
 

@@ -15,7 +15,7 @@ from headrace.core.errors import EngineUnavailable, InvalidRequest
 
 if TYPE_CHECKING:
     from headrace.server import ServerSettings
-    from headrace.server.classes import SLOClasses
+    from headrace.server.slo.classes import SLOClasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def slo_classes(given: Sequence[str], file: Path | None, default: str | None, ti
     Raises:
         InvalidRequest: something cannot be read, or a name is unknown.
     """
-    from headrace.server.classes import SLOClasses, parse_class, parse_tier
+    from headrace.server.slo.classes import SLOClasses, parse_class, parse_tier
 
     base = SLOClasses() if file is None else _read_classes(file)
     return base.with_(dict(map(parse_class, given)), default, dict(map(parse_tier, tiers)))
@@ -176,7 +176,7 @@ def slo_classes(given: Sequence[str], file: Path | None, default: str | None, ti
 def _read_classes(file: Path) -> SLOClasses:
     import yaml
 
-    from headrace.server.classes import from_document
+    from headrace.server.slo.classes import from_document
 
     try:
         document = yaml.safe_load(options.read_text(file, "--slo-classes"))

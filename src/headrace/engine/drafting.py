@@ -20,8 +20,8 @@ from headrace.core.speculation import (
     DraftTree,
     Outlook,
 )
-from headrace.engine.grammar import GrammarState
 from headrace.engine.sequence import Sequence
+from headrace.engine.structured.grammar import GrammarState
 
 Asked = tuple[DraftOrder, Sequence]
 

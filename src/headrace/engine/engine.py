@@ -19,14 +19,14 @@ from headrace.core.policy import Limits, Policy, StepPlan, View
 from headrace.core.protocols import Clock, Closeable, ModelCard, Profile, Remembering, Runner, StepObserver
 from headrace.core.request import Request
 from headrace.core.retrieval import Retrieval
-from headrace.engine.admission import complete_request, with_retrieval
 from headrace.engine.assembly import Assembled, assemble
 from headrace.engine.drafting import Drafting
 from headrace.engine.head import Head
 from headrace.engine.kv import KVSpace
 from headrace.engine.memory import StepBudget
+from headrace.engine.process.admission import complete_request, with_retrieval
 from headrace.engine.queue import WaitingQueue
-from headrace.engine.sampling import stream_key
+from headrace.engine.sampling.sampler import stream_key
 from headrace.engine.seams import Grammars, TokenSampler
 from headrace.engine.sequence import Sequence
 from headrace.engine.verify import settled
@@ -99,7 +99,7 @@ class Engine:
         """Queue a request.
 
         Raises:
-            InvalidRequest: it could never be served; see :func:`headrace.engine.admission.complete_request`.
+            InvalidRequest: it could never be served; see :func:`headrace.engine.process.admission.complete_request`.
         """
         request = complete_request(request, self.card, self.limits, now=self.clock.now())
         request = with_retrieval(request, self.kv)

@@ -8,7 +8,7 @@ import numpy as np
 
 from headrace.core.errors import HeadraceError
 from headrace.core.outputs import FinishReason, SequenceDelta
-from headrace.engine.sampling import Draw, Sampled
+from headrace.engine.sampling.sampler import Draw, Sampled
 from headrace.engine.sequence import Sequence
 from headrace.engine.verify import Walk
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from headrace.core.protocols import StepResult
 from headrace.core.request import Structure
-from headrace.engine.sampling import Draw, Sampled
+from headrace.engine.sampling.sampler import Draw, Sampled
 
 if TYPE_CHECKING:
-    from headrace.engine.grammar import CompiledGrammar, GrammarState
+    from headrace.engine.structured.grammar import CompiledGrammar, GrammarState
 
 
 class TokenSampler(Protocol):

@@ -10,14 +10,14 @@ from headrace.core.batch import Segment
 from headrace.core.outputs import RequestTiming
 from headrace.core.request import SLO, Request, SamplingParams
 from headrace.core.speculation import ROOT
-from headrace.engine.rng import stream_key
+from headrace.engine.sampling.rng import stream_key
 
 if TYPE_CHECKING:
     from headrace.core.batch import Ints
     from headrace.core.protocols import ModelCard
     from headrace.core.retrieval import Retrieval
     from headrace.core.speculation import DraftTree
-    from headrace.engine.grammar import GrammarState
+    from headrace.engine.structured.grammar import GrammarState
 
 _NONE = np.empty(0, np.int32)
 

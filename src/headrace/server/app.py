@@ -11,15 +11,17 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from headrace.core.protocols import Service
-from headrace.server import chat, completions, dashboard, errors, models, openapi, operations, tokens
-from headrace.server.access import Access
-from headrace.server.auth import Authentication
-from headrace.server.hosts import AllowedHosts
-from headrace.server.limits import BodyLimits
-from headrace.server.metrics import Metrics
+from headrace.server import errors, openapi, operations
+from headrace.server.api import chat, completions, models, tokens
+from headrace.server.dashboard import routes as dashboard
+from headrace.server.guards.access import Access
+from headrace.server.guards.auth import Authentication
+from headrace.server.guards.hosts import AllowedHosts
+from headrace.server.guards.limits import BodyLimits
+from headrace.server.metrics.exposition import Metrics
 from headrace.server.serving import Serving
 from headrace.server.settings import ServerSettings
-from headrace.server.targets import CLASS_HEADER, TARGETS_HEADER
+from headrace.server.slo.targets import CLASS_HEADER, TARGETS_HEADER
 from headrace.version import __version__
 
 if TYPE_CHECKING:

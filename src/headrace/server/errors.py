@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from headrace.core.errors import HeadraceError, Overloaded
-from headrace.server.schemas import CLASS_TAG, TARGETS_TAG
+from headrace.server.api.schemas import CLASS_TAG, TARGETS_TAG
 
 _TYPES = {
     401: "authentication_error",

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from headrace.server.auth import OPEN_PATHS
+from headrace.server.guards.auth import OPEN_PATHS
 
 
 def install(app: FastAPI, *, needs_key: bool, protect_metrics: bool) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from headrace.server.api.replies import HealthReply, VersionReply, error_replies
 from headrace.server.errors import json_response
-from headrace.server.replies import HealthReply, VersionReply, error_replies
 from headrace.server.serving import Server
 from headrace.version import __version__
 

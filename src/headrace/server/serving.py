@@ -14,14 +14,14 @@ from fastapi import Depends, Request
 from headrace.core.errors import EngineUnavailable, HeadraceError, ModelNotFound
 from headrace.core.outputs import EngineStats
 from headrace.core.protocols import ModelCard, Service, ServiceState
-from headrace.server.monitor import Monitor
+from headrace.server.dashboard.monitor import Monitor
 from headrace.server.settings import ServerSettings
 from headrace.version import __version__
 
 if TYPE_CHECKING:
     from headrace.models.text.tokenizer import Tokenizer
-    from headrace.server.feed import Feed
-    from headrace.server.metrics import Metrics
+    from headrace.server.api.feed import Feed
+    from headrace.server.metrics.exposition import Metrics
 
 log = logging.getLogger(__name__)
 

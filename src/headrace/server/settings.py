@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from headrace.core.errors import InvalidRequest
-from headrace.server.classes import SLOClasses
+from headrace.server.slo.classes import SLOClasses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class ServerSettings:
         protect_metrics: ask for a key at ``/metrics`` too.
         slo_classes: latency targets by name, and which of them a request gets.
         allowed_hosts: names by which the server may be called beside those that are always good; see
-            :mod:`headrace.server.hosts`. ``("*",)`` allows all.
+            :mod:`headrace.server.guards.hosts`. ``("*",)`` allows all.
         dashboard: serve ``/dashboard``.
         max_body_bytes: largest request body; a larger one is refused (413) while it arrives.
         body_timeout_s: how long a body may take to arrive (408).

@@ -16,8 +16,8 @@ from headrace.bench.adaserve.journal import Journal, fingerprint
 from headrace.bench.adaserve.setups import BLIND, CHAINS, POLICIES, REPLICAS, SETUPS, VARIANTS
 from headrace.bench.simulation.published import FIGURE_8, is_published
 from headrace.core.errors import InvalidRequest
-from headrace.engine.acceptance import AcceptanceModel
-from headrace.engine.acceptance_fit import get_acceptance
+from headrace.engine.simulation.acceptance import AcceptanceModel
+from headrace.engine.simulation.fit import get_acceptance
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from headrace.core.errors import InvalidRequest
 from headrace.core.policy import StepPlan, View
 from headrace.core.request import SLO
 from headrace.engine.policies import get_policy
-from headrace.engine.simulated import VOCAB, SimulatedEngine
+from headrace.engine.simulation.runner import VOCAB, SimulatedEngine
 
 
 def replay(

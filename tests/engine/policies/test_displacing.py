@@ -19,7 +19,7 @@ from headrace.engine.policies import get_policy
 from headrace.engine.policies.mlfq import OVERDUE, Mlfq
 from headrace.engine.policies.priority import Priority
 from headrace.engine.policies.vtc import Vtc
-from headrace.engine.simulated import SimulatedEngine
+from headrace.engine.simulation.runner import SimulatedEngine
 
 
 def ranks(policy: str, now: float = 0.0) -> object:

@@ -22,7 +22,7 @@ from headrace.core.request import Request, SamplingParams
 from headrace.engine.engine import Engine
 from headrace.engine.kv import KVSpace
 from headrace.engine.policies import get_policy
-from headrace.engine.sampling import TorchSampler
+from headrace.engine.sampling.sampler import TorchSampler
 from headrace.models.cache.slots import SlotPool
 from headrace.models.fused.linear import choose_linears
 from headrace.models.load import load

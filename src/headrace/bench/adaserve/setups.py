@@ -11,8 +11,8 @@ from headrace.core.batch import StepShape
 from headrace.core.policy import Policy
 from headrace.core.protocols import Profile
 from headrace.core.speculation import Calibration, DraftTree, Floats
-from headrace.engine.acceptance import EXACT, Miscalibration
-from headrace.engine.simulated_drafts import PassCosts
+from headrace.engine.simulation.acceptance import EXACT, Miscalibration
+from headrace.engine.simulation.drafts import PassCosts
 from headrace.speculation.calibration import OnlineCalibration
 from headrace.speculation.policies.adaserve import AdaServe, Settings
 from headrace.speculation.policies.paper import Paper

@@ -36,10 +36,10 @@ from headrace.core.clock import VirtualClock
 from headrace.core.outputs import EngineStats
 from headrace.core.policy import Limits
 from headrace.core.request import SLO
-from headrace.engine.acceptance import AcceptanceModel
-from headrace.engine.acceptance_fit import get_acceptance
-from headrace.engine.simulated import VOCAB, SimulatedEngine
-from headrace.engine.simulated_drafts import SimulatedSpeculation
+from headrace.engine.simulation.acceptance import AcceptanceModel
+from headrace.engine.simulation.drafts import SimulatedSpeculation
+from headrace.engine.simulation.fit import get_acceptance
+from headrace.engine.simulation.runner import VOCAB, SimulatedEngine
 
 LIMITS = Limits(max_sequences=256, max_step_tokens=2048, max_prefill_tokens=2048)
 SHOWN = ("attainment", "goodput_tok_s", "throughput_tok_s", "tpot_ms_p50", "tpot_ms_p99", "ttft_ms_p50", "ttft_ms_p99")

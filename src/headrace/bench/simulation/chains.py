@@ -20,9 +20,9 @@ from headrace.core.batch import StepShape
 from headrace.core.policy import Limits
 from headrace.core.protocols import Profile
 from headrace.core.speculation import DraftCosts
-from headrace.engine.acceptance import AcceptanceModel
-from headrace.engine.acceptance_paths import path
-from headrace.engine.rng import stream_key
+from headrace.engine.sampling.rng import stream_key
+from headrace.engine.simulation.acceptance import AcceptanceModel
+from headrace.engine.simulation.paths import path
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -12,7 +12,7 @@ from headrace.bench.simulation.hosted import StallingClock
 from headrace.bench.simulation.replay import row_of
 from headrace.core.outputs import RequestTiming
 from headrace.core.request import Request
-from headrace.engine.simulated import SimulatedEngine
+from headrace.engine.simulation.runner import SimulatedEngine
 
 
 def closed_loop(

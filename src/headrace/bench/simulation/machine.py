@@ -14,7 +14,7 @@ from headrace.core.policy import Limits
 from headrace.core.protocols import Profile
 from headrace.core.request import Request, SamplingParams
 from headrace.engine.policies import get_policy
-from headrace.engine.simulated import SimulatedEngine
+from headrace.engine.simulation.runner import SimulatedEngine
 
 
 @dataclass(frozen=True, slots=True)

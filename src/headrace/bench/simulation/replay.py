@@ -11,7 +11,7 @@ from headrace.core.outputs import RequestTiming
 from headrace.core.protocols import Clock
 from headrace.core.request import Request
 from headrace.engine.engine import Engine
-from headrace.engine.simulated import SimulatedEngine
+from headrace.engine.simulation.runner import SimulatedEngine
 
 START = 1.0
 """Where the virtual clock of a replay begins: an arrival at 0.0 would mean "not stamped" to the engine."""

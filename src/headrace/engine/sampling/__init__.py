@@ -1,0 +1,1 @@
+"""Tokens drawn from logits: distributions, penalties, log-probabilities, randomness."""

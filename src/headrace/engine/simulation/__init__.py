@@ -1,0 +1,1 @@
+"""The engine without a model: simulated steps, drafts and fates of requests."""

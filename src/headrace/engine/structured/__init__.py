@@ -1,0 +1,1 @@
+"""Output that fits a grammar or a schema."""

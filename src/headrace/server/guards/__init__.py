@@ -1,0 +1,1 @@
+"""What every HTTP request passes first: ids and logs, hosts, keys, bounds."""

@@ -1,0 +1,1 @@
+"""Latency targets of requests, and whether they are met."""
