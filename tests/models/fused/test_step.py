@@ -214,6 +214,16 @@ def test_positions_beyond_the_tables() -> None:
     assert (found - expected).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("wrong", [tiny.VOCAB, 10**8, -1])
+def test_ids_without_an_embedding_are_refused_rather_than_read(wrong: int) -> None:
+    runner, slots = make("llama"), ints([3, 1, 2])
+    segment = Segment(0, ints([5, wrong, 7]), ints([0, 1, 2]), slots, slots[:0], ints([2]))
+    with pytest.raises(IndexError, match=f"the embedding has rows 0 to {tiny.VOCAB - 1}"):
+        runner.run(Packer().pack([segment]))
+    segment = Segment(0, ints([5, 6, 7]), ints([0, 1, 2]), slots, slots[:0], ints([2]))
+    assert torch.isfinite(runner.run(Packer().pack([segment])).logits).all()
+
+
 def test_other_attention_takes_the_modules() -> None:
     model = tiny.loaded("llama")
     choose_linears(model, "native")

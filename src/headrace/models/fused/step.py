@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.core.batch import Batch
+from headrace.core.batch import Batch, Ints
 from headrace.models.attention.cpu import NumbaAttention
 from headrace.models.attention.inline import InlineAttention, LayerAttention
 from headrace.models.attention.interface import AttentionBackend
@@ -179,11 +179,16 @@ class NativeStep:
 
         Returns:
             With ``project`` float32[R, vocabulary], else None.
+
+        Raises:
+            IndexError: a token id that the embedding has no row for, which native code would read all the same.
         """
         attention = self._attention
         if attention is None or self._planes is not planes:
             attention = self._attach(planes)
         tokens = len(batch.ids)
+        if embed:
+            self._check_ids(batch.ids)
         self._make_room(tokens)
         found = attention.begin(batch)
         moved = [angles.cover(found.farthest) for angles in self._angles]
@@ -205,6 +210,11 @@ class NativeStep:
         logits = self._want(found.wanted, len(batch.head_rows)) if project else None
         self._call(2 * last)
         return logits
+
+    def _check_ids(self, ids: Ints) -> None:
+        known = 0 if self.embedding is None else len(self.embedding.table)
+        if len(ids) and (ids.max() >= known or ids.min() < 0):
+            raise IndexError(f"token ids from {ids.min()} to {ids.max()}: the embedding has rows 0 to {known - 1}")
 
     def project(self, rows: Tensor) -> Tensor:
         """The head alone: float32[R, vocabulary] of hidden rows [R, h]."""
