@@ -7,10 +7,11 @@ import itertools
 import logging
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.core.errors import HeadraceError
 from headrace.core.outputs import EngineStats
+from headrace.core.protocols import Service
 from headrace.server.dashboard import board, steps
 from headrace.server.dashboard.board import Board
 from headrace.server.dashboard.steps import StepRing
@@ -20,13 +21,24 @@ from headrace.version import __version__
 
 if TYPE_CHECKING:
     from headrace.server.api.feed import Feed
-    from headrace.server.serving import Serving
 
 log = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
 PHASES = ("queued", "prefill", "decode")
 VERDICTS = ("met", "risk", "missed")
+
+
+class Watched(Protocol):
+    """The server, as far as it is watched: whether it is ready, and the engine behind it."""
+
+    @property
+    def state(self) -> str:
+        """"loading", "ready", "draining" and so on."""
+
+    @property
+    def service(self) -> Service:
+        """Whose numbers are sampled."""
 
 
 class Monitor:
@@ -66,7 +78,7 @@ class Monitor:
         self._prefilling = stats.prefilling
         self.steps.add(self.board.time(), stats)
 
-    async def run(self, serving: Serving) -> None:
+    async def run(self, serving: Watched) -> None:
         """Sample until cancelled."""
         while True:
             await asyncio.sleep(SAMPLE_S)
@@ -79,7 +91,7 @@ class Monitor:
             except Exception:
                 log.exception("the engine's numbers could not be sampled")
 
-    def snapshot(self, serving: Serving, after: int) -> dict[str, Any]:
+    def snapshot(self, serving: Watched, after: int) -> dict[str, Any]:
         """All that is new since revision ``after``, and the open requests as they are. At most some hundred rows.
 
         ``epoch`` changes when the server restarts, which also starts revisions anew.
