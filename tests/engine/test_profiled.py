@@ -33,7 +33,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def build(**options: object) -> Engine:
     config = EngineConfig(
         **(
-            {"profile": "auto", "linears": "module", "attention": "reference", "kv_gib": 0.005, "limits": LIMITS}
+            {
+                "profile": "auto",
+                "draft": "off",
+                "linears": "module",
+                "attention": "reference",
+                "kv_gib": 0.005,
+                "limits": LIMITS,
+            }
             | options
         )  # type: ignore[arg-type]
     )

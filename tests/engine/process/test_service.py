@@ -349,7 +349,7 @@ def test_signals_to_the_whole_group_leave_the_engine_to_the_server() -> None:
 
 SERVER = """
 import asyncio
-from headrace.engine.service import ProcessService
+from headrace.engine.process.service import ProcessService
 from tests.engine.process.test_service import serve
 
 async def main():

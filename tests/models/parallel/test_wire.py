@@ -40,5 +40,5 @@ def build_batch() -> Batch:
 
 
 def test_every_array_of_a_batch_travels() -> None:
-    """A field added to Batch and forgotten here would reach rank 0 alone."""
-    assert set(Batch.__dataclass_fields__) == {*wire._ARRAYS, "shape"}
+    """A field added to Batch and forgotten here would reach rank 0 alone. Ranks retrieve nothing, so ``retrieving`` stays."""
+    assert set(Batch.__dataclass_fields__) == {*wire._ARRAYS, "shape", "retrieving"}

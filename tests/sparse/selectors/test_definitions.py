@@ -78,7 +78,7 @@ def test_h2o_never_takes_back_what_it_evicted() -> None:
     attention.read(queries[:, :, :200], keys[:, :200], SCALE)
     gone: list[set[int]] = [set() for _ in range(ROWS)]
     for length in range(201, LENGTH):
-        index = attention.step(queries[:, :, length - 1], keys[:, :length], values[:, :length], SCALE).index
+        index = attention.step(queries[:, :, length - 1], keys[:, :length], values[:, :length], SCALE).tokens
         for row, found in enumerate(index.tolist()):
             assert not gone[row] & set(found)
             gone[row] |= set(range(length)) - set(found)

@@ -39,7 +39,8 @@ def speed_claims(rows: Rows) -> dict[str, float]:
     memory = [row for row in rows if row["kind"] == "memory"]
     if memory:
         made["fast_tier_bytes_error"] = max(abs(row["bytes"] / row["formula"] - 1.0) for row in memory)
-        made["fast_tier_share"] = max(row["bytes"] / row["full"] for row in memory if row["context"] >= 32 * KIB)
+    if long := [row for row in memory if row["context"] >= 32 * KIB]:
+        made["fast_tier_share"] = max(row["bytes"] / row["full"] for row in long)
     made.update(_building(rows))
     return {name: round(value, 4) for name, value in made.items()}
 

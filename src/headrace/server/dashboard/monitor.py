@@ -34,7 +34,7 @@ class Watched(Protocol):
 
     @property
     def state(self) -> str:
-        """"loading", "ready", "draining" and so on."""
+        """ "loading", "ready", "draining" and so on."""
 
     @property
     def service(self) -> Service:
